@@ -40,6 +40,12 @@ class Cpio:
 
     def _put(self, path, mode, data=b"", rdev=(0, 0)):
         path = str(path).lstrip("/")
+        # /bin and so on are links in the image: an entry below them, as a path of its own, would make
+        # the kernel replace the link by a folder.
+        if path.startswith(("bin/", "sbin/", "lib/", "lib64/")):
+            path = "usr/" + path
+        if path.startswith("usr/sbin/"):
+            path = "usr/bin/" + path[len("usr/sbin/"):]
         self._parents(path)
         self._entries[path] = (mode, data, rdev)
 
@@ -144,11 +150,12 @@ def base(kernel, tools=DEFAULT_TOOLS, modules=()):
 
 def _make(kernel, programs, modules, busybox):
     cpio = Cpio()
-    for d in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "dev", "proc", "sys", "tmp", "run",
+    for d in ("usr/bin", "usr/lib", "usr/lib64", "dev", "proc", "sys", "tmp", "run",
               "mnt", "root", "etc"):
         cpio.folder(d)
     for d in ("bin", "sbin", "lib", "lib64"):
         cpio.link(d, "usr/" + d)
+    cpio.link("usr/sbin", "bin")
     cpio.char("dev/console", 5, 1)
     cpio.char("dev/null", 1, 3)
     if libraries(busybox):
@@ -181,10 +188,6 @@ def overlay(script, files=(), cgroup2=False):
         cpio.file("etc/cgroup2", b"")
     seen = set()
     for guest_path, source in dict(files).items():
-        guest_path = guest_path.lstrip("/")
-        for d in ("bin/", "sbin/", "lib/", "lib64/"):
-            if guest_path.startswith(d):
-                guest_path = "usr/" + guest_path
         if isinstance(source, bytes):
             cpio.file(guest_path, source, 0o755)
         elif os.access(source, os.X_OK) and Path(source).read_bytes()[:4] == b"\x7fELF":
