@@ -22,15 +22,6 @@ Error Where::error(std::string_view key, std::string_view text, ErrorKind kind) 
   return Error(kind, std::move(message));
 }
 
-std::string_view to_string(CacheMode mode) {
-  switch (mode) {
-    case CacheMode::kIsolated: return "isolated";
-    case CacheMode::kTrusted: return "trusted";
-    case CacheMode::kNone: return "none";
-  }
-  return "?";
-}
-
 namespace {
 
 int line_of(const toml::node& node) { return static_cast<int>(node.source().begin.line); }
@@ -181,7 +172,7 @@ Status read_disk(Section& s, DiskConfig& d) {
   if (!is_aligned(d.size, d.block_size))
     return s.wrong("size", fmt::format("must be a multiple of the block size {}", d.block_size));
   if (d.kind == DiskKind::kSim) {
-    SPILLWAY_CHECK(s.one_of("model", d.model, {"hdd", "ssd", "none"}));
+    SPILLWAY_CHECK(s.one_of("model", d.model, {"hdd", "ssd", "null"}));
     SPILLWAY_CHECK(s.number("seed", d.seed, 0, INT64_MAX));
     SPILLWAY_CHECK(s.number("delay_us", d.delay_us, 0, 60'000'000));
     SPILLWAY_CHECK(s.texts("faults", d.faults));
@@ -280,7 +271,7 @@ Status read_export(Section& s, ExportConfig& e) {
   SPILLWAY_CHECK(s.path("socket", e.socket));
   if (e.socket.size() >= 108) return s.wrong("socket", "a socket's path has at most 107 bytes");
   if (e.device == "virtio-blk") {
-    SPILLWAY_CHECK(s.number("queues", e.queues, 1, 64));
+    SPILLWAY_CHECK(s.number("queues", e.queues, 1, 16));
     SPILLWAY_CHECK(s.boolean("writethrough", e.write_through));
     if (e.socket.empty()) return s.missing("socket");
   } else {

@@ -16,6 +16,7 @@
 
 #include "src/base/result.h"
 #include "src/base/units.h"
+#include "src/cache/cache.h"
 
 namespace spillway {
 
@@ -42,7 +43,7 @@ struct DiskConfig {
   bool scheduler = true;     // the disk's proportional-weight scheduler (Q1)
   uint32_t block_size = 512;
   // sim
-  std::string model = "ssd";  // hdd | ssd | none
+  std::string model = "ssd";  // hdd | ssd | null
   uint64_t seed = 1;
   uint64_t delay_us = 0;
   std::vector<std::string> faults;  // see docs/man/spillway.toml.5.md
@@ -72,9 +73,6 @@ struct GroupConfig {
   uint64_t memory_min = 0, memory_low = 0, memory_high = UINT64_MAX, memory_max = UINT64_MAX;
   uint64_t rbps = 0, wbps = 0, riops = 0, wiops = 0;  // 0 = no cap
 };
-
-enum class CacheMode : uint8_t { kIsolated, kTrusted, kNone };
-std::string_view to_string(CacheMode mode);
 
 struct ExportConfig {
   Where where;
