@@ -78,6 +78,8 @@ struct GroupStats {
 
 class MemoryGroup {
  public:
+  struct State;  ///< opaque
+
   MemoryGroup(const MemoryGroup&) = delete;
   MemoryGroup& operator=(const MemoryGroup&) = delete;
 
@@ -145,7 +147,6 @@ class MemoryGroup {
   std::string name_;
   MemoryGroup* parent_ = nullptr;
   Registry* registry_ = nullptr;
-  struct State;
   State* state_ = nullptr;
 };
 

@@ -5,7 +5,8 @@
 // count(request) and walk(request, isolate). Bits are set and removed groups are re-parented here.
 //
 // Lock order: the cache's own locks are outside the list lock, except in `isolate`, which runs under
-// the list lock and therefore may only try_lock.
+// the list lock (and under RCU) and therefore may only try_lock and must not block; collect the victims
+// on a list of your own and free them after walk() has returned.
 #pragma once
 
 #include <cstddef>
@@ -24,11 +25,10 @@ struct LruItem {
 };
 
 enum class LruVerdict : std::uint8_t {
-  kRemoved,         ///< isolate took it off (ListLru::isolate / isolate_move was called)
-  kRemovedUnlocked, ///< the same, and the list lock was dropped meanwhile (see Unlock)
-  kRotate,          ///< referenced: to the young end
-  kSkip,            ///< busy: leave it where it is
-  kStop,            ///< end the walk
+  kRemoved,  ///< the callback took it off with Walker::isolate
+  kRotate,   ///< referenced: to the young end
+  kSkip,     ///< busy: leave it where it is
+  kStop,     ///< end the walk
 };
 
 class ListLru : private GroupObserver {
@@ -62,6 +62,7 @@ class ListLru : private GroupObserver {
    private:
     friend class ListLru;
     void* list_ = nullptr;
+    std::uint64_t freed_bytes_ = 0;
   };
   using IsolateFn = std::function<LruVerdict(LruItem&, Walker&)>;
   /// From the old end, at most r.nr_to_scan items, each at most once. Fills scanned, freed_objects,

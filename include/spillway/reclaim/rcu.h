@@ -56,6 +56,9 @@ void enqueue(Head* h) noexcept;
 #ifdef SPILLWAY_RECLAIM_INTERLEAVE
 void interleave_read_lock() noexcept;
 void interleave_read_unlock() noexcept;
+void interleave_access() noexcept;
+#else
+inline void interleave_access() noexcept {}
 #endif
 }  // namespace rcu_detail
 
@@ -114,10 +117,20 @@ template <class T>
 class RcuPtr {
  public:
   constexpr RcuPtr(T* p = nullptr) noexcept : p_(p) {}
-  T* load() const noexcept { return p_.load(std::memory_order_acquire); }
-  void store(T* p) noexcept { p_.store(p, std::memory_order_release); }
-  T* exchange(T* p) noexcept { return p_.exchange(p, std::memory_order_acq_rel); }
+  T* load() const noexcept {
+    rcu_detail::interleave_access();
+    return p_.load(std::memory_order_acquire);
+  }
+  void store(T* p) noexcept {
+    rcu_detail::interleave_access();
+    p_.store(p, std::memory_order_release);
+  }
+  T* exchange(T* p) noexcept {
+    rcu_detail::interleave_access();
+    return p_.exchange(p, std::memory_order_acq_rel);
+  }
   bool compare_exchange(T*& expected, T* desired) noexcept {
+    rcu_detail::interleave_access();
     return p_.compare_exchange_strong(expected, desired, std::memory_order_acq_rel,
                                       std::memory_order_acquire);
   }

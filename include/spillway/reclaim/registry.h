@@ -1,7 +1,6 @@
 // Registry: shrinkers, groups and the walk that joins them. Instantiable; internally synchronised.
 //
-// Everything a registry handed out (shrinkers, group references) must be gone before it is
-// destroyed; what is left over is reported through the diagnostics callback and aborts.
+// Shrinkers and group references must be gone before the registry; if not, its destructor aborts.
 #pragma once
 
 #include <array>
@@ -126,6 +125,8 @@ struct BackgroundStats {
 
 class Registry {
  public:
+  struct Impl;  ///< opaque
+
   explicit Registry(RegistryOptions o = {});
   ~Registry();
   Registry(const Registry&) = delete;
@@ -188,7 +189,6 @@ class Registry {
   friend class MemoryGroup;
   friend struct RegistryAccess;
   friend struct GroupAccess;
-  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 
