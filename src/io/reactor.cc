@@ -124,6 +124,19 @@ void Reactor::spawn(Task<void> task) {
 void Reactor::add_poller(Poller* poller) { pollers_.push_back(poller); }
 void Reactor::remove_poller(Poller* poller) { std::erase(pollers_, poller); }
 
+bool Reactor::release_pollers() {
+  bool more = false;
+  for (size_t i = pollers_.size(); i-- > 0;) {
+    if (pollers_[i]->prepare_sleep()) {
+      more = true;
+    } else {
+      pollers_[i] = pollers_.back();
+      pollers_.pop_back();
+    }
+  }
+  return more;
+}
+
 bool Reactor::poll_pollers() {
   bool found = false;
   // By index: a poller's work may add or remove pollers.
@@ -175,7 +188,8 @@ namespace {
 // user_data of operations that belong to the loop itself; IoOp addresses are aligned, so never these.
 constexpr uint64_t kWakeTag = 1;
 constexpr uint64_t kCancelTag = 2;
-constexpr uint64_t kMaxSpinNs = 50'000;
+constexpr uint64_t kMaxSpinNs = 60'000;  // about what waking an idle CPU costs on a virtual machine
+constexpr uint64_t kMinSpinNs = 4'000;
 }  // namespace
 
 UringReactor::UringReactor() : ring_(std::make_unique<Ring>()) {}
@@ -189,7 +203,7 @@ Result<std::unique_ptr<UringReactor>> UringReactor::create(uint32_t entries) {
   std::unique_ptr<UringReactor> r(new UringReactor);
   // The ring is enabled by the thread that runs it (turn), which then is its single issuer.
   const unsigned kBest = IORING_SETUP_R_DISABLED | IORING_SETUP_SINGLE_ISSUER |
-                         IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_CLAMP;
+                         IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_CLAMP;
   int err = io_uring_queue_init(entries, &r->ring_->ring, kBest);
   if (err == -EINVAL)  // before Linux 6.1
     err = io_uring_queue_init(entries, &r->ring_->ring, IORING_SETUP_R_DISABLED | IORING_SETUP_CLAMP);
@@ -344,11 +358,34 @@ bool UringReactor::fire_timers() {
   return any;
 }
 
-// One round. Order: messages, timers, ready coroutines, submission + completions. Sleeps only when all of these
+// Into the kernel only when there is something to hand over or to fetch: with DEFER_TASKRUN completions wait there until
+// we enter, and the TASKRUN flag says that some do.
+void UringReactor::enter() {
+  io_uring* ring = &ring_->ring;
+  const unsigned flags = __atomic_load_n(ring->sq.kflags, __ATOMIC_RELAXED);
+  if (io_uring_sq_ready(ring) > 0 || (flags & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) != 0)
+    io_uring_submit_and_get_events(ring);
+}
+
+// Hybrid polling: while pollers are registered, spin for twice the usual gap between two pieces of work, if that gap is
+// shorter than waking up costs; otherwise sleep at once.
+bool UringReactor::may_spin() {
+  if (pollers_.empty()) return false;
+  const uint64_t now = now_ns();
+  if (idle_since_ns_ == 0) idle_since_ns_ = now;
+  if (gap_ns_ > kMaxSpinNs) return false;
+  return now - idle_since_ns_ < std::clamp(2 * gap_ns_, kMinSpinNs, kMaxSpinNs);
+}
+
+void UringReactor::end_idle() {
+  if (idle_since_ns_ == 0) return;
+  const uint64_t gap = std::min(now_ns() - idle_since_ns_, 8 * kMaxSpinNs);
+  gap_ns_ = (7 * gap_ns_ + gap) / 8;
+  idle_since_ns_ = 0;
+}
+
+// One round. Order: messages, timers, ready coroutines, pollers, submission + completions. Sleeps only when all of these
 // found nothing; the Dekker pair with post() (see inbox_) closes the gap between the last look and the sleep.
-//
-// Hybrid polling: registered pollers are looked at each round; after work was found the loop spins for spin_ns_,
-// which doubles (to kMaxSpinNs) when spinning found work and halves when it ended in a sleep.
 void UringReactor::turn(bool may_sleep) {
   io_uring* ring = &ring_->ring;
   if (!enabled_) {
@@ -371,22 +408,16 @@ void UringReactor::turn(bool may_sleep) {
     for (IoOp* op : again) prepare(*op);
   }
   if (!ready_.empty()) worked = true;
-  if (worked || !may_sleep || stop_.load(std::memory_order_relaxed)) {
-    io_uring_submit_and_get_events(ring);
+  if (worked) end_idle();
+  if (worked || !may_sleep || stop_.load(std::memory_order_relaxed) || may_spin()) {
+    enter();
     reap();
-    if (worked && !pollers_.empty()) spin_until_ns_ = now_ns() + spin_ns_;
-    return;
-  }
-  if (!pollers_.empty() && spin_ns_ > 0 && now_ns() < spin_until_ns_) {
-    io_uring_submit_and_get_events(ring);
-    if (reap()) spin_ns_ = std::min(kMaxSpinNs, spin_ns_ * 2 + 1000);
     return;
   }
   sleeping_.store(true, std::memory_order_seq_cst);
   bool more = inbox_.load(std::memory_order_seq_cst) != nullptr;
-  for (auto* p : pollers_) more |= p->prepare_sleep();
+  if (!pollers_.empty()) more |= release_pollers();
   if (!more) {
-    spin_ns_ = spin_ns_ / 2;
     io_uring_cqe* cqe = nullptr;
     if (timers_.empty()) {
       io_uring_submit_and_wait(ring, 1);
@@ -397,11 +428,8 @@ void UringReactor::turn(bool may_sleep) {
                            static_cast<long long>(wait % 1'000'000'000)};
       io_uring_submit_and_wait_timeout(ring, &cqe, 1, &ts, nullptr);
     }
-  } else {
-    spin_ns_ = std::min(kMaxSpinNs, spin_ns_ * 2 + 1000);
   }
   sleeping_.store(false, std::memory_order_relaxed);
-  for (auto* p : pollers_) p->wake();
   reap();
 }
 

@@ -58,16 +58,17 @@ class [[nodiscard]] IoAwait : public IoOp {
   Reactor& reactor_;
 };
 
-// Something that is looked at each time round before the reactor sleeps (a busy virtqueue).
-// poll() returns true when it found work. Registered pollers are polled for a bounded, self-adjusting time after the
-// last work found, then the reactor sleeps; the poller must then have a wake-up of its own (an eventfd).
+// Something that is looked at each time round while it is registered (a busy virtqueue). After the last work found the
+// reactor goes on polling for a bounded, self-adjusting time; then it asks each poller to fall back on a wake-up of
+// its own (an eventfd), drops it, and sleeps.
 class Poller {
  public:
   virtual ~Poller() = default;
+  // True when it found work. May add or remove pollers, itself too.
   virtual bool poll() = 0;
-  // Before the sleep: re-enable the wake-up; true = work arrived meanwhile, do not sleep. After it: disable it again.
+  // Enable the own wake-up (operations submitted here are in the kernel before the sleep). False: it is no longer
+  // registered and adds itself again when the wake-up fires. True: work arrived meanwhile, it stays.
   virtual bool prepare_sleep() = 0;
-  virtual void wake() = 0;
 };
 
 // Intrusive node of a cross-thread message; `run` is called on the target reactor. Lives until then.
@@ -138,6 +139,7 @@ class Reactor {
   bool run_messages();
   virtual void interrupt() = 0;  // wake a sleeping loop; any thread
   bool poll_pollers();
+  bool release_pollers();  // before a sleep; true = some of them have work
   bool has_ready() const { return !ready_.empty(); }
   void become_current();
 
@@ -213,6 +215,9 @@ class UringReactor final : public Reactor {
   void prepare(IoOp& op);
   void complete(IoOp& op, int32_t result);
   bool reap();
+  void enter();
+  bool may_spin();
+  void end_idle();
   bool fire_timers();
   void arm_wakeup();
 
@@ -223,8 +228,8 @@ class UringReactor final : public Reactor {
   uint64_t timer_sequence_ = 0;
   int wake_fd_ = -1;
   uint64_t wake_value_ = 0;
-  uint64_t spin_until_ns_ = 0;
-  uint64_t spin_ns_ = 0;
+  uint64_t idle_since_ns_ = 0;  // 0: busy
+  uint64_t gap_ns_ = 0;         // moving average of the time between two pieces of work
   bool enabled_ = false;
 };
 
