@@ -15,7 +15,8 @@ say agent ready
 while read -r verb id text <&3; do
   case $verb in
     run) one "$id" "$text" ;;
-    bg) one "$id" "$text" & ;;
+    # Not a child of this shell: when one ends, busybox restarts the read and drops what it has read.
+    bg) (one "$id" "$text" &) ;;
     quit) break ;;
   esac
 done

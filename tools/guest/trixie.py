@@ -22,6 +22,9 @@ def root():
     with debs.locked("trixie"):
         if not (folder / "done").exists():
             _fetch(folder)
+        (folder / "bin").mkdir(exist_ok=True)
+        for name in PROGRAMS:
+            _wrapper(folder / "bin" / name, name, folder / "root")
     return folder
 
 
@@ -39,9 +42,6 @@ def _fetch(folder):
             debs.unpack(suite.download_closure(PACKAGES, "trixie-backports"), work / "root")
             suite.clean()
             shutil.copy(work / "root" / LIB / "ld-linux-x86-64.so.2", work / "root/usr/bin/ld.so")
-            (work / "bin").mkdir()
-            for name in PROGRAMS:
-                _wrapper(work / "bin" / name, name, folder / "root")
             (work / "done").touch()
             debs.publish(work, folder)
         finally:
@@ -50,12 +50,17 @@ def _fetch(folder):
 
 def _wrapper(path, name, r):
     paths = ":".join(f"{r}/{p}" for p in (LIB, LIB + "/pulseaudio", "usr/lib"))
-    path.write_text(f"""#!/bin/sh
-# QEMU looks for firmware and modules beside its own program file, as /proc/self/exe names it. That is
-# the loader here, hence the copy of the loader in usr/bin.
-exec "{r}/usr/bin/ld.so" --library-path "{paths}" --argv0 {name} "{r}/usr/bin/{name}" "$@"
-""")
-    path.chmod(0o755)
+    text = f"""#!/bin/sh
+# QEMU looks for firmware beside its own program file, as /proc/self/exe names it. That is the loader
+# here, hence the copy of the loader in usr/bin.
+QEMU_MODULE_DIR="{r}/{LIB}/qemu" exec "{r}/usr/bin/ld.so" --library-path "{paths}" --argv0 {name} "{r}/usr/bin/{name}" "$@"
+"""
+    if path.exists() and path.read_text() == text:
+        return
+    new = path.with_suffix(f".tmp{os.getpid()}")
+    new.write_text(text)
+    new.chmod(0o755)
+    os.replace(new, path)
 
 
 def blkload(source):
