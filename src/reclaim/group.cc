@@ -430,10 +430,13 @@ void over_high(Registry& r, MemoryGroup& from, std::uint64_t bytes, const Charge
     const std::uint64_t high = s.high.load(kRelaxed), usage = s.usage.load(kRelaxed);
     if (usage <= high) continue;
     s.high_events.fetch_add(1, kRelaxed);
-    const int fd = s.high_fd.load();
-    if (fd >= 0) {
-      const std::uint64_t one = 1;
-      [[maybe_unused]] const ssize_t n = ::write(fd, &one, sizeof one);
+    {
+      RcuGuard guard;  // partner: ~GroupLimitSource closes the descriptor after a grace period
+      const int fd = s.high_fd.load();
+      if (fd >= 0) {
+        const std::uint64_t one = 1;
+        [[maybe_unused]] const ssize_t n = ::write(fd, &one, sizeof one);
+      }
     }
     if (!o.may_block) continue;
     ReclaimRequest req;
