@@ -90,7 +90,7 @@ class Server:
 class Daemon(Server):
     """spillwayd on a config. config: TOML text; sockets: those that must exist before start() returns."""
 
-    def __init__(self, folder, config, sockets, env=None, control="control.sock"):
+    def __init__(self, folder, config, sockets, env=None, control="spillwayd.sock"):
         folder = Path(folder)
         self.config = folder / "spillway.toml"
         self.config.write_text(config)
@@ -99,8 +99,8 @@ class Daemon(Server):
                          [*(folder / s for s in sockets), self.control], env)
 
     def cli(self, *words, check=True, timeout=60):
-        """`spillway --control SOCKET words...`: its standard output."""
-        p = subprocess.run([programs() / "spillway", "--control", self.control, *map(str, words)],
+        """`spillway --socket SOCKET words...`: its standard output."""
+        p = subprocess.run([programs() / "spillway", "--socket", self.control, *map(str, words)],
                            capture_output=True, text=True, timeout=timeout)
         if check and p.returncode:
             raise RuntimeError(f"spillway {' '.join(map(str, words))}: {p.returncode} {p.stderr.strip()}")
