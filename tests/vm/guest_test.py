@@ -3,7 +3,8 @@
 import os
 import threading
 
-import harness
+import harness  # first: it finds the guest package
+from guest.daemon import qemu_storage_daemon, sparse
 from guest import Guest, VhostUser
 from guest.main_job import Worker, make_shared_image
 
@@ -14,9 +15,9 @@ class GuestTest(harness.VmTest):
         sha = make_shared_image(self.folder / "shared.img", 16)
         exports = {}
         for name in ("a", "b"):
-            exports[f"{name}.sock"] = (harness.sparse(self.folder / f"{name}.img", 384), True)
+            exports[f"{name}.sock"] = (sparse(self.folder / f"{name}.img", 384), True)
             exports[f"{name}s.sock"] = (self.folder / "shared.img", False)
-        self.started(harness.qemu_storage_daemon(self.folder, exports))
+        self.started(qemu_storage_daemon(self.folder, exports))
         workers = [Worker(n, self.folder / f"{n}.sock", self.folder / f"{n}s.sock", sha, fs=fs, seed=i)
                    for i, (n, fs) in enumerate((("a", "ext4"), ("b", "xfs")))]
         threads = [threading.Thread(target=self._work, args=(w,)) for w in workers]
@@ -42,8 +43,8 @@ class GuestTest(harness.VmTest):
         worker.finish()
 
     def test_a_lost_write_is_noticed(self):
-        image = harness.sparse(self.folder / "a.img", 256)
-        self.started(harness.qemu_storage_daemon(self.folder, {"a.sock": (image, True)}))
+        image = sparse(self.folder / "a.img", 256)
+        self.started(qemu_storage_daemon(self.folder, {"a.sock": (image, True)}))
         worker = self.started(Worker("lost", self.folder / "a.sock", None, "-", files=1, mib=8))
         worker.setup()
         worker.unflushed(8)
@@ -68,8 +69,8 @@ class GuestTest(harness.VmTest):
         guest.run("mkdir /sys/fs/cgroup/x && echo 64M >/sys/fs/cgroup/x/memory.high && /t/true")
 
     def test_commands_run_side_by_side(self):
-        disk = harness.sparse(self.folder / "a.img", 64)
-        self.started(harness.qemu_storage_daemon(self.folder, {"a.sock": (disk, True)}))
+        disk = sparse(self.folder / "a.img", 64)
+        self.started(qemu_storage_daemon(self.folder, {"a.sock": (disk, True)}))
         guest = self.started(Guest("bg", [VhostUser(str(self.folder / "a.sock"), queues=2)], smp=2))
         first = guest.spawn("while [ ! -e /tmp/go ]; do usleep 50000; done; echo went; exit 3")
         self.assertEqual(guest.run("echo one; echo two"), "one\ntwo")
