@@ -160,7 +160,9 @@ std::vector<TraceEvent> Registry::trace() const {
       out.push_back(e);
     }
   }
-  std::stable_sort(out.begin(), out.end(), [](const auto& a, const auto& b) { return a.when < b.when; });
+  std::sort(out.begin(), out.end(), [](const auto& a, const auto& b) {
+    return a.when != b.when ? a.when < b.when : a.kind < b.kind;
+  });
   return out;
 }
 

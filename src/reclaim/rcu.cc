@@ -16,6 +16,8 @@
 #include <mutex>
 #include <thread>
 
+#include "src/reclaim/atomic.h"
+
 namespace spillway::reclaim {
 
 namespace rcu_detail {
@@ -88,11 +90,19 @@ void rcu_synchronize() noexcept {
 #endif
 }
 
+// An own object at the end of the queue: liburcu's default worker runs it in order. (urcu_bp_barrier does
+// the same for all workers, but hands memory between threads in ways that TSAN can not follow.)
 void rcu_barrier() noexcept {
-  urcu_bp_barrier();
-#ifdef SPILLWAY_TSAN
-  __tsan_acquire(&rcu_detail::grace_period_tag);
-#endif
+  struct Marker : rcu_detail::Head {
+    std::atomic<std::uint32_t> reached{0};
+  } marker;
+  marker.run = [](rcu_detail::Head* h) noexcept {
+    auto& reached = static_cast<Marker*>(h)->reached;
+    reached.store(1, std::memory_order_release);
+    futex_wake(reached, 1);
+  };
+  rcu_detail::enqueue(&marker);
+  while (marker.reached.load(std::memory_order_acquire) == 0) futex_wait(marker.reached, 0);
 }
 
 void rcu_enable_fork() noexcept {

@@ -252,6 +252,19 @@ void Shrinker::set_bit(MemoryGroup& group, int node) noexcept {
 }
 void Shrinker::set_bit() noexcept { set_bit(*impl_->reg->root, 0); }
 
+// The slot is enough, registered or not (weakness 6); the shrinker is read under RCU only.
+void Registry::set_bit(std::uint32_t id, MemoryGroup& group, int node) noexcept {
+  bool all_groups = false, all_nodes = false;
+  {
+    RcuGuard guard;
+    const ShrinkerImpl* s = impl_->ids.lookup(id);
+    if (s == nullptr) return;
+    all_groups = has(s->flags, ShrinkerFlags::kGroupAware);
+    all_nodes = has(s->flags, ShrinkerFlags::kNumaAware);
+  }
+  impl_->set_bit(all_groups ? group : *impl_->root, all_nodes && node >= 0 && node < impl_->opt.nodes ? node : 0, id);
+}
+
 Errc Shrinker::free() {
   if (impl_ == nullptr) return Errc::kInvalid;
   const Errc e = impl_->reg->free_shrinker(*impl_, false);

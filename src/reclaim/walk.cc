@@ -358,7 +358,7 @@ bool Pass::shrink(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node) noe
 
 std::uint64_t Pass::objects_for(std::uint64_t bytes, const CountReport& c) noexcept {
   if (c.bytes == 0 || bytes >= c.bytes) return ~std::uint64_t{0};
-  const auto n = static_cast<unsigned __int128>(bytes) * c.objects / c.bytes + 1;
+  const auto n = (static_cast<unsigned __int128>(bytes) * c.objects + c.bytes - 1) / c.bytes;
   return static_cast<std::uint64_t>(n);
 }
 

@@ -38,6 +38,10 @@ class GroupRef {
   /// Another reference to a group that the caller knows to be alive (e.g. from a ScanRequest).
   static GroupRef share(MemoryGroup& g) noexcept;
 
+  /// Hands the reference to C or to a tagged word; `adopt` takes it back.
+  MemoryGroup* release() noexcept { return std::exchange(p_, nullptr); }
+  static GroupRef adopt(MemoryGroup* released) noexcept { return GroupRef(released); }
+
   explicit operator bool() const noexcept { return p_ != nullptr; }
   MemoryGroup* get() const noexcept { return p_; }
   MemoryGroup* operator->() const noexcept { return p_; }

@@ -139,6 +139,9 @@ class Registry {
   /// A complete, inactive shrinker; empty when memory or ids ran out (`why` tells which).
   Shrinker alloc(ShrinkerFlags flags, std::string_view name, Errc* why = nullptr);
 
+  /// Shrinker::set_bit by id, for callers that have no handle. An id nobody has is ignored.
+  void set_bit(std::uint32_t shrinker_id, MemoryGroup& group, int node = 0) noexcept;
+
   // ---- groups ----
   GroupRef root() noexcept;
   /// Name: 1..127 bytes without '/', unique among siblings. Empty on failure.
