@@ -73,13 +73,13 @@ class IncludeDirection(unittest.TestCase):
         self.assertEqual(wrong, [])
 
     def test_layers_of_volume_meet_only_through_the_interface(self):
-        """A layer's folder is included by assemble.cc, tests, md's users and itself: not by its siblings."""
+        """Layers do not know each other; md, which opens whatever the superblocks say, knows them all."""
         shared = {"md"}
         wrong = []
         for path in sources("src/volume"):
             name = path.relative_to(TREE).as_posix()
             parts = name.split("/")
-            if len(parts) < 4 or name.endswith("_test.cc"):
+            if len(parts) < 4 or parts[2] == "md" or name.endswith("_test.cc"):
                 continue
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 match = re.match(r'\s*#\s*include "src/volume/([a-z0-9_]+)/', line)
