@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 
 from . import debs, kernels
@@ -60,6 +61,18 @@ class Cpio:
 
     def char(self, path, major, minor):
         self._put(path, stat.S_IFCHR | 0o600, rdev=(major, minor))
+
+    def write_tree(self, folder):
+        """The same as files below a folder, but for device nodes."""
+        for name, (mode, data, _) in self._entries.items():
+            path = folder / name
+            if stat.S_ISDIR(mode):
+                path.mkdir(parents=True, exist_ok=True)
+            elif stat.S_ISLNK(mode):
+                path.symlink_to(data.decode())
+            elif stat.S_ISREG(mode):
+                path.write_bytes(data)
+                path.chmod(mode & 0o777)
 
     def bytes(self):
         out = bytearray()
@@ -143,9 +156,23 @@ def base(kernel, tools=DEFAULT_TOOLS, modules=()):
         if not final.exists():
             final.parent.mkdir(exist_ok=True)
             temporary = final.with_suffix(f".tmp{os.getpid()}")
-            temporary.write_bytes(_make(kernel, programs, modules, busybox))
+            temporary.write_bytes(_make(kernel, programs, modules, busybox).bytes())
             os.replace(temporary, final)
     return final
+
+
+def root_image(path, mib, release="trixie", tools=DEFAULT_TOOLS):
+    """An ext4 image (4 KiB blocks, so that it may be mounted with dax) with the same system on it, for
+    Guest(root=...). Needs no root: mkfs.ext4 -d fills it from a folder."""
+    kernel = kernels.kernel(release)
+    programs = [p for t in tools for p in TOOLS.get(t, [t])]
+    with tempfile.TemporaryDirectory(prefix="spillway-root-") as folder:
+        _make(kernel, programs, (), _find("busybox")).write_tree(Path(folder))
+        with open(path, "wb") as image:
+            image.truncate(mib << 20)
+        subprocess.run([_find("mkfs.ext4"), "-q", "-F", "-b", "4096", "-d", folder, str(path)], check=True,
+                       capture_output=True)
+    return path
 
 
 def _make(kernel, programs, modules, busybox):
@@ -176,16 +203,18 @@ def _make(kernel, programs, modules, busybox):
     cpio.file("init", (HERE / "init.sh").read_bytes(), 0o755)
     cpio.file("usr/lib/guest.sh", (HERE / "guest.sh").read_bytes())
     cpio.file("agent.sh", (HERE / "agent.sh").read_bytes(), 0o755)
-    return cpio.bytes()
+    return cpio
 
 
-def overlay(script, files=(), cgroup2=False):
+def overlay(script, files=(), cgroup2=False, root=None):
     """The part of one guest: its script and files. files: {guest path: host path or bytes}; a host
     program brings the libraries it needs."""
     cpio = Cpio()
     cpio.file("script.sh", script if isinstance(script, bytes) else script.encode(), 0o755)
     if cgroup2:
         cpio.file("etc/cgroup2", b"")
+    if root:
+        cpio.file("etc/root", (root + "\n").encode())
     seen = set()
     for guest_path, source in dict(files).items():
         if isinstance(source, bytes):

@@ -46,6 +46,7 @@ class Guest:
     qemu       "host" (7.2), "trixie" (11), or the path of a program
     memory     MiB; numa: number of nodes that memory and CPUs are split over
     cgroup2    mounts cgroup v2 with all controllers at /sys/fs/cgroup
+    root       "DEVICE TYPE OPTIONS", as "/dev/pmem0 ext4 dax": go on from there (image.root_image made it)
     launcher   words in front of QEMU's command line
     env        extra environment of QEMU
     """
@@ -53,7 +54,7 @@ class Guest:
     def __init__(self, name, disks=(), script=None, *, files=(), tools=image.DEFAULT_TOOLS, modules=(),
                  kernel="bookworm", qemu="host", memory=384, smp=1, numa=1, cgroup2=False, accel=None, cpu="max",
                  append="", machine="q35", machine_options="", extra=(), launcher=(), env=(),
-                 folder=None, reboot=False):
+                 folder=None, reboot=False, root=None):
         self.name = name
         self.disks = [VhostUser(d) if isinstance(d, (str, Path)) else d for d in disks]
         self.memory, self.smp, self.numa = memory, smp, numa
@@ -64,7 +65,7 @@ class Guest:
         self._new_qemu = qemu == "trixie" or "trixie" in str(qemu)
         self.qemu = {"host": HOST_QEMU}.get(qemu) or (trixie.qemu() if qemu == "trixie" else qemu)
         self._base = image.base(self._kernel, tools, modules)
-        self._overlay = image.overlay(script or ". /agent.sh", files, cgroup2)
+        self._overlay = image.overlay(script or ". /agent.sh", files, cgroup2, root)
         self._own_folder = folder is None
         self.folder = Path(folder or tempfile.mkdtemp(prefix=f"spillway-{name}-"))
         self.folder.mkdir(parents=True, exist_ok=True)
