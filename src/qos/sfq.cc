@@ -1,0 +1,255 @@
+#include "src/qos/sfq.h"
+
+#include <algorithm>
+
+#include "src/base/result.h"
+
+namespace spillway {
+namespace {
+
+// Virtual time is fixed point, cost * 2^16 / weight, in 64 bits that wrap: tags are compared by their difference.
+// Live tags of one node lie close together; those of idle nodes are pulled along every 2^58 (see pop).
+constexpr unsigned kShift = 16;
+constexpr unsigned kSweepShift = 58;
+bool before(uint64_t a, uint64_t b) { return static_cast<int64_t>(a - b) < 0; }
+uint64_t later(uint64_t a, uint64_t b) { return before(a, b) ? b : a; }
+
+// Generic cell rate algorithm: `at` is when the bucket would be in balance.
+struct Bucket {
+  uint64_t at = 0;
+  static uint64_t interval(uint64_t amount, uint64_t per_second) {
+    return static_cast<uint64_t>(static_cast<unsigned __int128>(amount) * 1'000'000'000 / per_second);
+  }
+  uint64_t ready(uint64_t rate) const {
+    if (rate == 0) return 0;
+    return at > SfqTree::kCapBurstNs ? at - SfqTree::kCapBurstNs : 0;
+  }
+  void charge(uint64_t amount, uint64_t rate, uint64_t now) {
+    if (rate != 0) at = std::max(at, now) + interval(amount, rate);
+  }
+};
+
+}  // namespace
+
+struct SfqTree::Node {
+  Node* parent = nullptr;
+  uint32_t weight = 100;
+  uint32_t heap_at = UINT32_MAX;  // place in the parent's heap
+  uint64_t start = 0, finish = 0; // tags in the parent's virtual time
+  uint64_t order = 0;             // ties: first come, first served
+  uint64_t clock = 0;             // V of its own children
+  uint64_t idle_since = 0;
+  uint64_t served = 0;
+  std::vector<Node*> heap;        // backlogged children, least start tag first
+  std::vector<Node*> children;
+  SfqItem* head = nullptr;        // leaf
+  SfqItem* tail = nullptr;
+  uint64_t items = 0;
+  bool parked = false, parked_by_own = false;
+  QosCaps caps;
+  Bucket rbps, wbps, riops, wiops;
+
+  bool waiting() const { return heap_at != UINT32_MAX; }
+  uint64_t step(uint64_t cost) const { return (cost << kShift) / weight; }
+};
+
+SfqTree::SfqTree() {
+  nodes_.push_back(std::make_unique<Node>());
+  root_ = nodes_.back().get();
+}
+SfqTree::~SfqTree() = default;
+
+SfqTree::Node* SfqTree::add(Node* parent, uint32_t weight) {
+  SPILLWAY_ASSERT(parent->items == 0 && weight >= 1 && weight <= 10000);
+  nodes_.push_back(std::make_unique<Node>());
+  Node* n = nodes_.back().get();
+  n->parent = parent;
+  n->weight = weight;
+  n->start = n->finish = parent->clock;
+  parent->children.push_back(n);
+  return n;
+}
+
+void SfqTree::set_weight(Node* n, uint32_t weight) {
+  SPILLWAY_ASSERT(weight >= 1 && weight <= 10000);
+  n->weight = weight;
+}
+
+void SfqTree::set_caps(Node* n, const QosCaps& caps, uint64_t now) {
+  if (n->caps == caps) return;
+  n->caps = caps;
+  n->rbps = n->wbps = n->riops = n->wiops = {};
+  unpark(now, true);
+}
+
+void SfqTree::move(Node* n, Node* parent, uint64_t now) {
+  if (n->parent == parent) return;
+  for (Node* p = parent; p != nullptr; p = p->parent) SPILLWAY_ASSERT(p != n);
+  unpark(now, true);
+  const bool was_waiting = n->waiting();
+  if (was_waiting) deactivate(n, now);
+  std::erase(n->parent->children, n);
+  n->parent = parent;
+  parent->children.push_back(n);
+  n->start = n->finish = parent->clock;
+  n->idle_since = 0;
+  if (was_waiting) activate(n, now, false);
+}
+
+// ---- the heap of backlogged children -------------------------------------------------------------------------------
+
+void SfqTree::heap_fix(Node* p, uint32_t at) {
+  auto& h = p->heap;
+  auto less = [&](uint32_t a, uint32_t b) {
+    return h[a]->start != h[b]->start ? before(h[a]->start, h[b]->start) : h[a]->order < h[b]->order;
+  };
+  auto swap = [&](uint32_t a, uint32_t b) {
+    std::swap(h[a], h[b]);
+    h[a]->heap_at = a;
+    h[b]->heap_at = b;
+  };
+  while (at > 0 && less(at, (at - 1) / 2)) {
+    swap(at, (at - 1) / 2);
+    at = (at - 1) / 2;
+  }
+  for (;;) {
+    uint32_t least = at;
+    for (uint32_t c = 2 * at + 1; c <= 2 * at + 2 && c < h.size(); ++c)
+      if (less(c, least)) least = c;
+    if (least == at) return;
+    swap(at, least);
+    at = least;
+  }
+}
+
+void SfqTree::heap_insert(Node* p, Node* n) {
+  n->order = ++sequence_;
+  n->heap_at = static_cast<uint32_t>(p->heap.size());
+  p->heap.push_back(n);
+  heap_fix(p, n->heap_at);
+}
+
+void SfqTree::heap_remove(Node* n) {
+  auto& h = n->parent->heap;
+  const uint32_t at = std::exchange(n->heap_at, UINT32_MAX);
+  Node* last = h.back();
+  h.pop_back();
+  if (last == n) return;
+  h[at] = last;
+  last->heap_at = at;
+  heap_fix(n->parent, at);
+}
+
+// n has something to be served; so then have all above it.
+void SfqTree::activate(Node* n, uint64_t now, bool keep_tag) {
+  for (; n->parent != nullptr && !n->waiting(); n = n->parent, keep_tag = false) {
+    const uint64_t v = n->parent->clock;
+    if (keep_tag || !before(n->finish, v)) n->start = n->finish;
+    else if (keep_ns_ != 0 && now - n->idle_since <= keep_ns_) n->start = later(n->finish, v - n->step(credit_));
+    else n->start = v;
+    heap_insert(n->parent, n);
+  }
+}
+
+void SfqTree::deactivate(Node* n, uint64_t now) {
+  for (; n->parent != nullptr && n->waiting(); n = n->parent) {
+    heap_remove(n);
+    n->idle_since = now;
+    n->finish = n->start;
+    if (!n->parent->heap.empty()) return;
+  }
+}
+
+// ---- items -------------------------------------------------------------------------------------------------------
+
+void SfqTree::push(Node* leaf, SfqItem* item, uint64_t now) {
+  SPILLWAY_ASSERT(leaf->children.empty() && leaf->parent != nullptr);
+  item->next_item = nullptr;
+  (leaf->tail != nullptr ? leaf->tail->next_item : leaf->head) = item;
+  leaf->tail = item;
+  ++leaf->items;
+  ++queued_;
+  if (!leaf->parked) activate(leaf, now, false);
+}
+
+uint64_t SfqTree::capped_until(Node* leaf, const SfqItem& item, bool* own) const {
+  uint64_t at = 0;
+  for (Node* n = leaf; n != nullptr; n = n->parent) {
+    if (!n->caps.any()) continue;
+    const uint64_t t = item.is_write ? std::max(n->wbps.ready(n->caps.wbps), n->wiops.ready(n->caps.wiops))
+                                     : std::max(n->rbps.ready(n->caps.rbps), n->riops.ready(n->caps.riops));
+    if (t > at) at = t, *own = n == leaf;
+  }
+  return at;
+}
+
+void SfqTree::unpark(uint64_t now, bool all) {
+  while (!parked_.empty() && (all || parked_.front().at <= now)) {
+    std::pop_heap(parked_.begin(), parked_.end(), Parked::later);
+    Node* leaf = parked_.back().leaf;
+    parked_.pop_back();
+    leaf->parked = false;
+    // Held back by a group above, it competes with siblings that were held back alike: it keeps its place.
+    // Held back by its own cap, or the caps changed: it comes like one that idled.
+    if (all || leaf->parked_by_own) leaf->idle_since = 0;
+    activate(leaf, now, !all && !leaf->parked_by_own);
+  }
+}
+
+SfqItem* SfqTree::pop(uint64_t now, Node** from) {
+  unpark(now, false);
+  while (!root_->heap.empty()) {
+    Node* leaf = root_;
+    while (!leaf->heap.empty()) leaf = leaf->heap.front();
+    SfqItem* item = leaf->head;
+    bool own = false;
+    const uint64_t ready = capped_until(leaf, *item, &own);
+    if (ready > now) {
+      leaf->parked = true;
+      leaf->parked_by_own = own;
+      deactivate(leaf, now);
+      parked_.push_back({leaf, ready});
+      std::push_heap(parked_.begin(), parked_.end(), Parked::later);
+      continue;
+    }
+    leaf->head = item->next_item;
+    if (leaf->head == nullptr) leaf->tail = nullptr;
+    --leaf->items;
+    --queued_;
+    for (Node* n = leaf; n != nullptr; n = n->parent) {
+      n->served += item->cost;
+      if (n->caps.any()) {
+        auto& bps = item->is_write ? n->wbps : n->rbps;
+        auto& iops = item->is_write ? n->wiops : n->riops;
+        bps.charge(item->bytes, item->is_write ? n->caps.wbps : n->caps.rbps, now);
+        iops.charge(1, item->is_write ? n->caps.wiops : n->caps.riops, now);
+      }
+      Node* p = n->parent;
+      if (p == nullptr) break;
+      const uint64_t v = later(p->clock, n->start);
+      if ((v ^ p->clock) >> kSweepShift != 0)
+        for (Node* c : p->children)
+          if (!c->waiting() && before(c->finish, v)) c->finish = v;
+      p->clock = v;
+      n->finish = n->start + n->step(item->cost);
+      if (n->items > 0 || !n->heap.empty()) {
+        n->start = n->finish;
+        n->order = ++sequence_;
+        heap_fix(p, n->heap_at);
+      } else {
+        heap_remove(n);
+        n->idle_since = now;
+      }
+    }
+    if (from != nullptr) *from = leaf;
+    return item;
+  }
+  return nullptr;
+}
+
+uint64_t SfqTree::served(const Node* n) { return n->served; }
+uint64_t SfqTree::queued_at(const Node* leaf) { return leaf->items; }
+uint32_t SfqTree::weight(const Node* n) { return n->weight; }
+const SfqTree::Node* SfqTree::parent(const Node* n) { return n->parent; }
+
+}  // namespace spillway

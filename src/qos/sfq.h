@@ -1,0 +1,105 @@
+// The arithmetic of proportional sharing: hierarchical start-time fair queueing (Goyal 1996; SFQ(D): Jin 2004) with
+// caps. Knows nothing of threads, clocks or disks; times are arguments.
+//
+// The tree: inner nodes are groups, leaves hold a FIFO of items. Each inner node is a server that shares what it is
+// given among its backlogged children, with a virtual clock V of its own. A child has a finish tag F; when it becomes
+// backlogged its start tag is S = max(V, F), the child with the least S is served next, then V = S,
+// F = S + cost / weight. So a group that idled begins at V like everybody else: no burst, no penalty; and what a
+// child does not use goes to its siblings first, then up.
+//
+// Short gaps. A group whose queue ran empty because all it has is in the device is not idle. If it comes back within
+// keep_ns it keeps its lag, S = max(F, V - credit / weight): without that, a group which needs nearly all of its
+// outstanding requests in flight would lose its share each time completions come in batches. `credit` is bounded,
+// and so is the unfairness it can cause:
+//
+//   Bound: for two siblings f, g, backlogged all through an interval, with W = cost served, c = their greatest cost,
+//     | W_f / w_f - W_g / w_g |  <=  (c_f + credit) / w_f + (c_g + credit) / w_g.
+//   Why: while i is backlogged its tag S_i advances by exactly W_i / w_i. At any time, for every backlogged i,
+//   V - credit/w_i <= S_i <= V + c_i/w_i: the left side holds when i becomes backlogged, and V moves only when the
+//   least S, no less than V, is served, that is, when no backlogged S is below it; the right side because i was served
+//   last with S_i <= V before the cost was added. So the spread S_f - S_g lies between -(credit/w_f + c_g/w_g) and
+//   c_f/w_f + credit/w_g at either end of the interval, and its change is at most the sum of the two.
+//
+// Caps (io.max): a leaf whose next item would exceed a cap of its own or of a group above it is parked until the cap
+// allows it (GCRA with kCapBurstNs of tolerance); it is out of the way of others meanwhile.
+//
+// Thread-safety: thread-confined (qos.cc: to whoever holds the arbiter).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace spillway {
+
+// 0 = no cap. Per second, per disk, as io.max.
+struct QosCaps {
+  uint64_t rbps = 0, wbps = 0, riops = 0, wiops = 0;
+  bool any() const { return (rbps | wbps | riops | wiops) != 0; }
+  friend bool operator==(const QosCaps&, const QosCaps&) = default;
+};
+
+struct SfqItem {
+  SfqItem* next_item = nullptr;
+  uint64_t cost = 0;   // ns of device time
+  uint64_t bytes = 0;
+  bool is_write = false;
+};
+
+class SfqTree {
+ public:
+  struct Node;  // stable address until the tree dies
+  static constexpr uint64_t kNever = UINT64_MAX;
+  static constexpr uint64_t kCapBurstNs = 10'000'000;
+
+  SfqTree();
+  ~SfqTree();
+  SfqTree(const SfqTree&) = delete;
+  SfqTree& operator=(const SfqTree&) = delete;
+
+  Node* root() { return root_; }
+  // Weight 1..10000. A node with children takes no items, a node with items no children.
+  Node* add(Node* parent, uint32_t weight);
+  void set_weight(Node* n, uint32_t weight);
+  void set_caps(Node* n, const QosCaps& caps, uint64_t now);
+  // To another parent, with all that is below it; starts there like a group that comes back from idling.
+  void move(Node* n, Node* parent, uint64_t now);
+
+  void push(Node* leaf, SfqItem* item, uint64_t now);
+  // The next item by right; null when nothing is queued or all of it is capped until next_ready().
+  SfqItem* pop(uint64_t now, Node** from = nullptr);
+  uint64_t next_ready() const { return parked_.empty() ? kNever : parked_.front().at; }
+  uint64_t queued() const { return queued_; }
+
+  // See the file's header. 0, 0 = plain SFQ.
+  void set_keep(uint64_t keep_ns, uint64_t credit_cost) { keep_ns_ = keep_ns, credit_ = credit_cost; }
+
+  // For reports and tests.
+  static uint64_t served(const Node* n);        // cost, own and below, since ever
+  static uint64_t queued_at(const Node* leaf);  // items in a leaf
+  static uint32_t weight(const Node* n);
+  static const Node* parent(const Node* n);
+
+ private:
+  struct Parked {
+    Node* leaf;
+    uint64_t at;
+    static bool later(const Parked& a, const Parked& b) { return a.at > b.at; }
+  };
+  void activate(Node* n, uint64_t now, bool keep_tag);
+  void deactivate(Node* n, uint64_t now);
+  void heap_insert(Node* p, Node* n);
+  void heap_remove(Node* n);
+  void heap_fix(Node* p, uint32_t at);
+  uint64_t capped_until(Node* leaf, const SfqItem& item, bool* own) const;
+  void unpark(uint64_t now, bool all);
+
+  Node* root_ = nullptr;
+  std::vector<std::unique_ptr<Node>> nodes_;
+  std::vector<Parked> parked_;  // heap, earliest first
+  uint64_t queued_ = 0;
+  uint64_t sequence_ = 0;
+  uint64_t keep_ns_ = 0, credit_ = 0;
+};
+
+}  // namespace spillway
