@@ -284,6 +284,7 @@ Status read_export(Section& s, ExportConfig& e) {
 
 Status read_host(Section& s, HostConfig& h) {
   SPILLWAY_CHECK(s.path("control", h.control));
+  SPILLWAY_CHECK(s.path("pmem_folder", h.pmem_folder));
   SPILLWAY_CHECK(s.integers("cpus", h.cpus, -1, 4095));
   uint32_t reactors = 0;
   SPILLWAY_CHECK(s.number("reactors", reactors, 1, 256));
@@ -383,6 +384,7 @@ Result<Config> Config::parse(std::string_view text, const std::string& file) {
   SPILLWAY_CHECK(read_table(root, "host", file, folder, c.host, read_host));
   SPILLWAY_CHECK(read_table(root, "cache", file, folder, c.host, read_cache));
   if (c.host.control.empty()) c.host.control = folder + "/spillwayd.sock";
+  if (c.host.pmem_folder.empty()) c.host.pmem_folder = folder + "/pmem";
   SPILLWAY_CHECK(read_all(root, "disk", file, folder, c.disks, read_disk));
   SPILLWAY_CHECK(read_all(root, "volume", file, folder, c.volumes, read_volume));
   SPILLWAY_CHECK(read_all(root, "group", file, folder, c.groups, read_group));
@@ -543,6 +545,7 @@ std::string Config::dump() const {
   };
   toml::table h, cache, ds, vs, gs, es;
   put_text(h, "control", host.control);
+  put_text(h, "pmem_folder", host.pmem_folder);
   toml::array cpus;
   for (int c : host.cpus) cpus.push_back(c);
   if (!cpus.empty()) h.insert_or_assign("cpus", std::move(cpus));

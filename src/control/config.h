@@ -92,6 +92,7 @@ struct ExportConfig {
 struct HostConfig {
   Where where;
   std::string control;             // control socket
+  std::string pmem_folder;         // where the FUSE mounts of virtio-pmem exports go
   std::vector<int> cpus;           // a reactor each; -1 = not pinned
   uint64_t cache_size = 256 * kMiB;
   uint64_t cache_dirty = 0;        // 0 = a quarter of the size

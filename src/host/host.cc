@@ -99,10 +99,7 @@ Status Host::make_groups() {
     qos.parent = static_cast<GroupId>(parent != nullptr ? parent->id() : 0);
     qos.name = name;
     qos.weight = g.weight;
-    qos.rbps = g.rbps;
-    qos.wbps = g.wbps;
-    qos.riops = g.riops;
-    qos.wiops = g.wiops;
+    qos.caps = {.rbps = g.rbps, .wbps = g.wbps, .riops = g.riops, .wiops = g.wiops};
     if (auto s = qos_->set(static_cast<GroupId>(ref->id()), qos); !s)
       return fail(g.where.error("", s.error().message()));
     groups_.emplace(name, std::move(ref));
@@ -120,8 +117,8 @@ Result<GroupId> Host::group_id(const std::string& name) {
 Task<Status> Host::build() {
   reclaim::RegistryOptions registry;
   registry.nodes = static_cast<int>(config_.host.nodes);
-  registry.diagnostics = [](std::string_view text) {
-    LOG_LIMITED(LogLevel::kWarn, "reclaim", "{}", text);
+  registry.diagnostics = [](const reclaim::Diagnostic& d) {
+    LOG_LIMITED(LogLevel::kWarn, "reclaim", "{} {}: {}", d.what, d.shrinker, d.text);
   };
   registry_ = std::make_unique<reclaim::Registry>(registry);
   qos_ = std::make_shared<QosDomain>();
@@ -144,6 +141,7 @@ Task<Status> Host::build() {
   if (!made) co_return fail(config_.host.where.error("size", made.error().message(), made.error().kind()));
   cache_ = std::move(*made);
 
+  pmem_ = std::make_unique<PmemHost>(config_.host.pmem_folder, options_.store, registry_.get());
   GraphOptions graph;
   graph.registry = registry_.get();
   graph.wrap_disk = [this](VolumePtr leaf, const DiskConfig&) -> Result<VolumePtr> {
@@ -183,7 +181,7 @@ Task<Status> Host::build() {
         co_return fail(e.where.error("socket", started.error().message(), started.error().kind()));
       exports_.emplace(name, std::move(*started));
     } else {
-      auto started = co_await start_pmem_exports(e, std::move(o), registry_.get());
+      auto started = pmem_->start(e, std::move(o), tenant_of(e.group));
       if (!started)
         co_return fail(e.where.error(e.socket.empty() ? "file" : "socket", started.error().message(),
                                      started.error().kind()));
@@ -220,11 +218,13 @@ Task<Status> Host::stop() {
   if (pressure_) pressure_->stop_thread();
   for (auto& [name, e] : exports_) co_await e->stop(false);
   exports_.clear();
+  if (pmem_) pmem_->stop(false);
   if (cache_) keep_first(co_await cache_->flush_all());
   // Images hold cached volumes, the cache's filters hold the layers: images first, then the cache, then the rest.
   if (graph_) keep_first(co_await graph_->close());
   if (cache_) keep_first(co_await cache_->close());
   if (registry_) registry_->stop_background();
+  pmem_.reset();
   graph_.reset();
   cache_.reset();
   reactors_.reset();

@@ -18,6 +18,7 @@
 #include "src/control/config.h"
 #include "src/export/export.h"
 #include "src/host/graph.h"
+#include "src/host/pmem.h"
 #include "src/io/blocking_pool.h"
 #include "src/io/reactor_pool.h"
 
@@ -69,6 +70,7 @@ class Host {
   std::shared_ptr<QosDomain> qos_;
   std::unique_ptr<Cache> cache_;
   std::unique_ptr<Graph> graph_;
+  std::unique_ptr<PmemHost> pmem_;
   std::map<std::string, std::unique_ptr<Export>> exports_;
   std::unique_ptr<reclaim::PressureMonitor> pressure_;
 };
