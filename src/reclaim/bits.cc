@@ -141,7 +141,7 @@ void Registry::Impl::add_deferred(MemoryGroup& g, int node, const ShrinkerImpl& 
                                   std::uint64_t cap) noexcept {
   cap = std::min(cap, kWorkMax);
   for (MemoryGroup* p = &g; p != nullptr && work != 0; p = p->parent()) {
-    Unit* u = p == &g ? find_unit(*p, node, s.id) : make_unit(*p, node, s.id);
+    Unit* u = make_unit(*p, node, s.id);
     if (u == nullptr) return;  // no memory: the work is forgotten, the objects are not
     auto& cell = u->deferred[bit_of(s.id)];
     std::uint64_t v = cell.load(std::memory_order_relaxed);
