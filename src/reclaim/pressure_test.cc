@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <poll.h>
+#include <spawn.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -219,13 +220,11 @@ TEST(PressureCgroupV1, real_limit_is_survived) {
   if (::mkdir(dir.c_str(), 0755) != 0) GTEST_SKIP() << "cannot make " << dir;
   std::ofstream(dir + "/memory.limit_in_bytes") << (96u << 20);
   std::ofstream(dir + "/memory.swappiness") << 0;
-  std::fflush(nullptr);
-  const pid_t pid = ::fork();
-  if (pid == 0) {
-    ::execl("/proc/self/exe", "reclaim_test", "--gtest_filter=PressureCgroupV1Child.*", "--gtest_also_run_disabled_tests",
-            ("--cgroup=" + dir).c_str(), nullptr);
-    ::_exit(127);
-  }
+  std::string args[] = {"reclaim_test", "--gtest_filter=PressureCgroupV1Child.*", "--gtest_also_run_disabled_tests",
+                        "--cgroup=" + dir};
+  char* argv[] = {args[0].data(), args[1].data(), args[2].data(), args[3].data(), nullptr};
+  pid_t pid = 0;
+  ASSERT_EQ(::posix_spawn(&pid, "/proc/self/exe", nullptr, nullptr, argv, environ), 0);
   int status = 0;
   ::waitpid(pid, &status, 0);
   for (int i = 0; i < 100 && ::rmdir(dir.c_str()) != 0; ++i) ::usleep(10'000);
