@@ -56,5 +56,5 @@ proctype remover() {
 init {
   atomic { run adder(); run adder(); run claimer(); run remover() };
   finished == 4;
-  assert(parent + claimed + (child == DEAD -> 0 : child) == 2)
+  assert(parent + claimed == 2 && (child == DEAD || child == 0))
 }
