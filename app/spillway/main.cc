@@ -120,14 +120,18 @@ void with_config(Cli& c, Fn fn) {
 Status volume_cat(const Cli& c, const Config& config) {
   SPILLWAY_TRY(const uint64_t offset, parse_size(c.offset));
   std::optional<uint64_t> length;
-  if (!c.length.empty()) SPILLWAY_TRY(length, parse_size(c.length));
+  if (!c.length.empty()) {
+    SPILLWAY_TRY(length, parse_size(c.length));
+  }
   return offline_cat(config, c.name, offset, length, STDOUT_FILENO);
 }
 
 Status volume_write(const Cli& c, const Config& config) {
   SPILLWAY_TRY(const uint64_t offset, parse_size(c.offset));
   std::optional<uint64_t> length;
-  if (!c.length.empty()) SPILLWAY_TRY(length, parse_size(c.length));
+  if (!c.length.empty()) {
+    SPILLWAY_TRY(length, parse_size(c.length));
+  }
   SPILLWAY_TRY(const uint64_t written, offline_write(config, c.name, offset, length, STDIN_FILENO));
   std::fprintf(stderr, "%llu bytes written\n", static_cast<unsigned long long>(written));
   return {};
@@ -202,11 +206,15 @@ void top(Cli& c) {
 
 void iostat(Cli& c) {
   uint64_t interval = 0, count = 1;
-  if (!c.rest.empty()) interval = std::strtoull(c.rest[0].c_str(), nullptr, 10), count = UINT64_MAX;
+  if (!c.rest.empty()) {
+    interval = std::max<uint64_t>(1, std::strtoull(c.rest[0].c_str(), nullptr, 10));
+    count = UINT64_MAX;
+  }
   if (c.rest.size() > 1) count = std::strtoull(c.rest[1].c_str(), nullptr, 10);
   for (uint64_t i = 0; i < count; ++i) {
-    if (i > 0) ::sleep(static_cast<unsigned>(std::max<uint64_t>(1, interval)));
-    const json now = call(c, "iostat", json{{"latency", c.latency}});
+    json args{{"latency", c.latency}};
+    if (interval != 0) args["interval_ms"] = interval * 1000;
+    const json now = call(c, "iostat", args);
     if (now.is_null()) return;
     print(c.as_json ? now.dump() + "\n" : now.value("text", ""));
     std::fflush(stdout);

@@ -1,5 +1,7 @@
 #include "src/host/host.h"
 
+
+
 #include <sched.h>
 #include <unistd.h>
 
@@ -11,7 +13,7 @@
 
 #include "src/base/log.h"
 #include "src/export/vhost_user/vhost_user.h"
-#include "src/host/pmem.h"
+#include "src/host/iostat.h"
 #include "src/qos/qos.h"
 #include "src/volume/assemble.h"
 
@@ -366,8 +368,12 @@ Result<json> Host::shrinker_command(const std::string& verb, const json& args) {
   }
   if (verb == "scan") {
     uint64_t node = 0, nr = 1024;
-    if (args.contains("node")) SPILLWAY_TRY(node, size_arg(args["node"], "node"));
-    if (args.contains("nr")) SPILLWAY_TRY(nr, size_arg(args["nr"], "nr"));
+    if (args.contains("node")) {
+      SPILLWAY_TRY(node, size_arg(args["node"], "node"));
+    }
+    if (args.contains("nr")) {
+      SPILLWAY_TRY(nr, size_arg(args["nr"], "nr"));
+    }
     reclaim::GroupRef group = registry_->root();
     if (args.contains("group")) {
       const std::string path = args["group"].is_string() ? args["group"].get<std::string>() : std::string();
@@ -391,8 +397,7 @@ Result<json> Host::group_set(const json& args) {
   auto it = groups_.find(name);
   if (it == groups_.end()) return fail(ErrorKind::kNotFound, fmt::format("there is no group \"{}\"", name));
   reclaim::GroupLimits limits = it->second->limits();
-  auto qos = qos_->get(static_cast<GroupId>(it->second->id()));
-  if (!qos) return fail(qos.error());
+  QosGroup qos = qos_->snapshot()->groups.at(static_cast<GroupId>(it->second->id()));
   // First all values are read, then all are set: a mistake in one changes nothing.
   for (auto& [key, value] : args.items()) {
     if (key == "name") continue;
@@ -400,18 +405,18 @@ Result<json> Host::group_set(const json& args) {
     if (key == "weight") {
       if (v < 1 || v > 10000) return fail(ErrorKind::kInvalid, "weight: must be from 1 to 10000");
       limits.weight = static_cast<uint32_t>(v);
-      qos->weight = static_cast<uint32_t>(v);
+      qos.weight = static_cast<uint32_t>(v);
     } else if (key == "memory.min") limits.min = v;
     else if (key == "memory.low") limits.low = v;
     else if (key == "memory.high") limits.high = v;
     else if (key == "memory.max") limits.max = v;
-    else if (key == "io.rbps") qos->rbps = v;
-    else if (key == "io.wbps") qos->wbps = v;
-    else if (key == "io.riops") qos->riops = v;
-    else if (key == "io.wiops") qos->wiops = v;
+    else if (key == "io.rbps") qos.caps.rbps = v;
+    else if (key == "io.wbps") qos.caps.wbps = v;
+    else if (key == "io.riops") qos.caps.riops = v;
+    else if (key == "io.wiops") qos.caps.wiops = v;
     else return fail(ErrorKind::kInvalid, fmt::format("{}: unknown key of a group", key));
   }
-  SPILLWAY_CHECK(qos_->set(static_cast<GroupId>(it->second->id()), *qos));
+  SPILLWAY_CHECK(qos_->set(static_cast<GroupId>(it->second->id()), qos));
   it->second->set_limits(limits);
   cache_->refresh_entitlements();
   return groups_json();
@@ -480,7 +485,16 @@ Task<Result<json>> Host::command(const std::string& name, const json& args) {
   if (name == "group list") co_return groups_json();
   if (name == "group set") co_return group_set(args);
   if (name == "config dump") co_return json(config_.dump());
-  if (name == "iostat") co_return qos_iostat_json(*qos_);
+  if (name == "iostat") {
+    // interval_ms: the difference of two samples that far apart; without it, everything since the start.
+    std::vector<QosSample> before;
+    if (args.contains("interval_ms")) {
+      SPILLWAY_CO_TRY(const uint64_t ms, size_arg(args["interval_ms"], "interval_ms"));
+      before = iostat_sample(*graph_);
+      co_await Reactor::current().sleep_for(std::min<uint64_t>(ms, 3'600'000) * 1'000'000);
+    }
+    co_return iostat_json(iostat_sample(*graph_), before, *qos_->snapshot(), args.value("latency", false));
+  }
   if (noun == "volume") {
     auto result = co_await volume_command(verb, args);
     co_return result;
@@ -494,7 +508,9 @@ Task<Result<json>> Host::command(const std::string& name, const json& args) {
   }
   if (name == "reclaim") {
     uint64_t bytes = UINT64_MAX;
-    if (args.contains("bytes")) SPILLWAY_CO_TRY(bytes, size_arg(args["bytes"], "bytes"));
+    if (args.contains("bytes")) {
+      SPILLWAY_CO_TRY(bytes, size_arg(args["bytes"], "bytes"));
+    }
     reclaim::ReclaimRequest request;
     request.reason = reclaim::Reason::kManual;
     request.target_bytes = bytes;
