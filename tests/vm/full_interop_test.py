@@ -81,15 +81,19 @@ class InteropTest(harness.VmTest):
         guest = self.started(Guest("kills", [VhostUser(self.socket, queues=2)], tools=["fio", "ext4"], smp=2,
                                    files={"/bin/pattern": pattern_program()}))
         guest.run("mkfs.ext4 -q -b 4096 /dev/vda 128M && mkdir /d && mount /dev/vda /d")
-        load = guest.spawn(FIO.format(file="/dev/vda", size="64M", offset="160M", more="--loops=100"
-                                      ) + " --time_based --runtime=100000")
+        load = guest.spawn(FIO.format(file="/dev/vda", size="64M", offset="160M",
+                                      more="--loops=1000 --verify_backlog=64 --allow_mounted_write=1"))
         for i in range(30):
             guest.run(f"pattern write /d/f 4 {i} direct sync")
             self.daemon.kill_worker()
             guest.run(f"pattern check /d/f 4 {i} direct", timeout=60)
         guest.run("killall -INT fio", check=False)
         status, output = guest.join(load)
-        self.assertNotIn("verify", output, f"fio: {status}")
+        self.assertNotIn("verify:", output, f"fio: {status}")
+        terse = [l for l in output.splitlines() if l.startswith("3;")]
+        self.assertEqual([l.split(";")[4] for l in terse], ["0"], output)          # errors
+        for kib in (5, 46):                                                        # read back, written
+            self.assertGreater(int(terse[0].split(";")[kib]), 4096, output)
         self.assertEqual(guest.run(". /lib/guest.sh; io_errors", check=False)[1], "0")
         guest.run("umount /d && e2fsck -fn /dev/vda")
         self.assertEqual(self.daemon.status()["restarts"], 30)
