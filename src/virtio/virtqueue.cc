@@ -98,6 +98,10 @@ uint16_t Virtqueue::next_used() const {
   return config_.packed ? static_cast<uint16_t>(published_ | (published_wrap_ ? kWrapBit : 0)) : published_;
 }
 
+uint16_t Virtqueue::pending_used() const {
+  return config_.packed ? static_cast<uint16_t>(next_used_ | (used_wrap_ ? kWrapBit : 0)) : next_used_;
+}
+
 std::string Virtqueue::reason() const {
   return broken_ == nullptr ? std::string("not broken") : fmt::format("{} ({})", broken_, broken_value_);
 }

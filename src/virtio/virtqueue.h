@@ -86,6 +86,8 @@ class Virtqueue {
   // As in RingConfig: where a successor goes on.
   uint16_t next_avail() const;
   uint16_t next_used() const;
+  // next_used as it will be after publish().
+  uint16_t pending_used() const;
 
   // In-flight recovery. Split: reads the chain of a head that is outstanding; packed: rebuilds it from descriptors that
   // a log kept. Counted as popped. kBroken as with pop.
