@@ -96,6 +96,7 @@ class PmemFile final : public PmemBacking {
 
   // ---- the mount's own ----
   void attach(Fd fd) { fd_ = std::move(fd); }
+  bool fd_ready() const { return bool(fd_); }  // false until the mount has opened it
   using Invalidate = std::function<Status(uint64_t offset, uint64_t length)>;
   void set_invalidate(Invalidate fn) { invalidate_ = std::move(fn); }
   void request_held(bool held);  // one more, or one less, waits for its next try
