@@ -23,6 +23,9 @@ class SimReactor final : public Reactor {
   uint64_t run_until_idle();
   // Runs all that happens up to and including `deadline_ns`, then sets the clock to it.
   void run_until(uint64_t deadline_ns);
+  // For tests that move several reactors forward together: is something ready or posted, and when is the next timer.
+  bool busy() const { return has_ready() || inbox_.load() != nullptr; }
+  uint64_t next_timer_ns() const { return timers_.empty() ? UINT64_MAX : timers_.front().deadline; }
 
  private:
   void turn(bool may_sleep) override;

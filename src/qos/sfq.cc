@@ -1,6 +1,7 @@
 #include "src/qos/sfq.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "src/base/result.h"
 
@@ -40,6 +41,7 @@ struct SfqTree::Node {
   uint64_t clock = 0;             // V of its own children
   uint64_t idle_since = 0;
   uint64_t served = 0;
+  uint64_t recent = 0;            // items lately, for take_lost
   std::vector<Node*> heap;        // backlogged children, least start tag first
   std::vector<Node*> children;
   SfqItem* head = nullptr;        // leaf
@@ -145,8 +147,12 @@ void SfqTree::activate(Node* n, uint64_t now, bool keep_tag) {
   for (; n->parent != nullptr && !n->waiting(); n = n->parent, keep_tag = false) {
     const uint64_t v = n->parent->clock;
     if (keep_tag || !before(n->finish, v)) n->start = n->finish;
-    else if (keep_ns_ != 0 && now - n->idle_since <= keep_ns_) n->start = later(n->finish, v - n->step(credit_));
-    else n->start = v;
+    else if (keep_ns_ != 0 && now - n->idle_since <= keep_ns_) {
+      n->start = later(n->finish, v - n->step(credit_));
+      if (n->recent * 4 >= root_->recent) lost_ += ((n->start - n->finish) >> kShift) * n->weight;
+    } else {
+      n->start = v;
+    }
     heap_insert(n->parent, n);
   }
 }
@@ -218,6 +224,7 @@ SfqItem* SfqTree::pop(uint64_t now, Node** from) {
     --queued_;
     for (Node* n = leaf; n != nullptr; n = n->parent) {
       n->served += item->cost;
+      ++n->recent;
       if (n->caps.any()) {
         auto& bps = item->is_write ? n->wbps : n->rbps;
         auto& iops = item->is_write ? n->wiops : n->riops;
@@ -245,6 +252,11 @@ SfqItem* SfqTree::pop(uint64_t now, Node** from) {
     return item;
   }
   return nullptr;
+}
+
+uint64_t SfqTree::take_lost() {
+  for (auto& n : nodes_) n->recent /= 2;
+  return std::exchange(lost_, 0);
 }
 
 uint64_t SfqTree::served(const Node* n) { return n->served; }

@@ -74,6 +74,10 @@ class SfqTree {
   // See the file's header. 0, 0 = plain SFQ.
   void set_keep(uint64_t keep_ns, uint64_t credit_cost) { keep_ns_ = keep_ns, credit_ = credit_cost; }
 
+  // Cost that groups with a quarter or more of the recent service would have had, beyond the credit, had their queues
+  // not run dry between completions: a sign of too much in flight. Since the last call, which also ages "recent".
+  uint64_t take_lost();
+
   // For reports and tests.
   static uint64_t served(const Node* n);        // cost, own and below, since ever
   static uint64_t queued_at(const Node* leaf);  // items in a leaf
@@ -100,6 +104,7 @@ class SfqTree {
   uint64_t queued_ = 0;
   uint64_t sequence_ = 0;
   uint64_t keep_ns_ = 0, credit_ = 0;
+  uint64_t lost_ = 0;
 };
 
 }  // namespace spillway

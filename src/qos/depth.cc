@@ -1,0 +1,85 @@
+#include "src/qos/depth.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace spillway {
+
+DepthControl::DepthControl(uint32_t initial, uint32_t least, uint32_t most)
+    : knee_(std::clamp(initial, least, most)), least_(least), most_(most) {}
+
+uint32_t DepthControl::candidate() const {
+  const uint32_t d = up_ ? knee_ + std::max(1u, knee_ / 4) : knee_ - std::min(knee_, std::max(1u, knee_ / 5));
+  return std::clamp(d, least_, most_);
+}
+
+uint32_t DepthControl::depth() const {
+  const uint32_t d = at_ == 1 || at_ == 2 ? candidate() : knee_;
+  return std::max(least_, d - d * shrunk_ / 16);
+}
+
+void DepthControl::window(double rate, bool saturated, double lost) {
+  if (!saturated || !(rate > 0)) {
+    at_ = 0;
+    return;
+  }
+  if (lost > 0.01 && shrunk_ < 8) {
+    ++shrunk_;
+    calm_ = 0;
+  } else if (shrunk_ > 0 && lost < 0.001 && ++calm_ >= kRecover) {
+    --shrunk_;
+    calm_ = 0;
+  }
+  // A depth that shares hold down is no place to look for the knee.
+  if (shrunk_ > 0) {
+    at_ = 0;
+    return;
+  }
+  if (rest_ > 0) {
+    --rest_;
+    return;
+  }
+  if (candidate() == knee_) {
+    next_probe(false);
+    return;
+  }
+  (at_ == 1 || at_ == 2 ? b_ : a_) += rate;
+  if (++at_ < 4) return;
+  at_ = 0;
+  const double difference = b_ / a_ - 1;
+  a_ = b_ = 0;
+  ++quads_;
+  const double d = difference - mean_;
+  mean_ += d / quads_;
+  m2_ += d * (difference - mean_);
+  if (quads_ >= kMinQuads) decide();
+}
+
+void DepthControl::decide() {
+  const double error = std::sqrt(m2_ / (quads_ * (quads_ - 1.0)));
+  const double threshold = up_ ? kGainUp : -kLossDown;
+  if (mean_ - error > threshold) {
+    knee_ = candidate();
+    next_probe(true);
+  } else if (mean_ + error < threshold || quads_ >= kMaxQuads) {
+    next_probe(false);
+  }
+}
+
+void DepthControl::next_probe(bool taken) {
+  quads_ = 0;
+  mean_ = m2_ = a_ = b_ = 0;
+  at_ = 0;
+  if (taken) {
+    refused_ = 0;
+    next_rest_ = 64;
+    return;
+  }
+  up_ = !up_;
+  if (++refused_ < 2) return;
+  refused_ = 0;
+  rest_ = next_rest_;
+  next_rest_ = std::min(kMaxRest, next_rest_ * 2);
+}
+
+}  // namespace spillway

@@ -1,0 +1,78 @@
+// What a request costs a disk: nanoseconds of device time, that is, the inverse of the throughput the disk reaches
+// with nothing but such requests at full depth. fixed + per byte, for reads and writes, random and sequential, and a
+// correction per size class that is learned while the disk is busy with (almost) nothing else.
+//
+// Only ratios matter for shares: a disk that gets slower all round changes nothing. So mixed load teaches nothing
+// (it has one equation for many unknowns) and is used for reports only.
+//
+// QosModel is a value. CostTable: one writer (the arbiter), read by all reactors while it changes; each entry is an
+// atomic of its own, a reader may see some entries older than others.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "src/base/result.h"
+
+namespace spillway {
+
+enum class IoKind : uint8_t { kReadRandom, kReadSequential, kWriteRandom, kWriteSequential, kFlush, kOther };
+inline constexpr size_t kIoKinds = 6;
+inline constexpr size_t kTransferKinds = 4;
+std::string_view to_string(IoKind kind);
+
+// 4 KiB and less, 8, 16, ... 1 MiB, more.
+inline constexpr size_t kSizeClasses = 10;
+size_t size_class(uint64_t bytes);
+
+struct QosModel {
+  struct Linear {
+    double fixed_ns = 0;
+    double byte_ns = 0;
+    double cost(uint64_t bytes) const { return fixed_ns + byte_ns * static_cast<double>(bytes); }
+  };
+  // Of a disk nobody calibrated: the figures of a middling SATA SSD. Corrected online.
+  Linear io[kTransferKinds] = {{10'000, 1.9}, {3'000, 1.9}, {12'000, 2.1}, {4'000, 2.1}};
+  double flush_ns = 500'000;
+  double other_ns = 20'000;  // discard, write_zeroes
+  uint32_t depth = 32;       // the knee: in-flight requests beyond which throughput does not grow
+
+  // "key value" lines; parse names the line it does not understand. Round-trips.
+  std::string to_text() const;
+  static Result<QosModel> parse(std::string_view text);
+};
+
+class CostTable {
+ public:
+  explicit CostTable(const QosModel& model);
+  // ns, at least 1. Any thread.
+  uint64_t cost(IoKind kind, size_t cls, uint64_t bytes) const {
+    const auto k = static_cast<size_t>(kind);
+    const float f = fixed_[k][cls].load(std::memory_order_relaxed), b = byte_[k][cls].load(std::memory_order_relaxed);
+    return 1 + static_cast<uint64_t>(f + b * static_cast<float>(bytes));
+  }
+  // What of a cost is correction, so that windows can be compared across corrections.
+  double correction(IoKind kind, size_t cls) const { 
+    return correction_[static_cast<size_t>(kind)][cls].load(std::memory_order_relaxed);
+  }
+  // A saturated interval of `elapsed_ns` in which `predicted_ns[kind][class]` was completed. Learns when one class
+  // is kPure of it. Returns whether it did.
+  bool learn(const double (&predicted_ns)[kIoKinds][kSizeClasses], double elapsed_ns);
+  // What one flush (or discard) took of the disk: its device time by the requests that shared the device meanwhile.
+  void learn_slow(IoKind kind, double ns);
+  QosModel current() const;  // any thread: the corrections at 4 and 128 KiB folded in
+
+ private:
+  static constexpr double kPure = 0.9, kGain = 0.1, kLeast = 1.0 / 64, kMost = 64;
+  void publish(size_t kind, size_t cls);
+
+  QosModel model_;
+  std::atomic<double> correction_[kIoKinds][kSizeClasses];
+  std::atomic<float> fixed_[kIoKinds][kSizeClasses];
+  std::atomic<float> byte_[kIoKinds][kSizeClasses];
+};
+
+}  // namespace spillway
