@@ -19,7 +19,6 @@
 #include "src/host/calibrate.h"
 #include "src/host/graph.h"
 #include "src/host/offline.h"
-#include "src/host/pmem.h"
 
 namespace spillway {
 namespace {
@@ -29,7 +28,8 @@ using nlohmann::json;
 struct Cli {
   std::string socket, config, name, interval_text, device = "/dev/vda";
   std::vector<std::string> pairs;
-  bool as_json = false, exact = false, yes = false, dry_run = false, force = false, repair = false, latency = false;
+  bool as_json = false, exact = false, yes = false, dry_run = false, force = false, repair = false, latency = false, writes = false;
+  double seconds = 60;
   std::string offset = "0", length;
   std::vector<std::string> rest;
   int exit_code = kExitOk;
@@ -364,13 +364,15 @@ int run(int argc, char** argv) {
   })->add_option("--device", c.device, "The device's name in the guest");
 
   auto* disk = noun("disk", "Leaves");
-  verb(disk, "calibrate", "Measure the disk's cost model (needs --config; about a minute)", true, [&] {
+  auto* calibrate = verb(disk, "calibrate", "Measure an unused disk's cost model (needs --config)", true, [&] {
     with_config(c, [&](const Config& f) -> Status {
-      SPILLWAY_TRY(const std::string text, calibrate_disk(f, c.name));
+      SPILLWAY_TRY(const std::string text, calibrate_disk(f, c.name, c.seconds, c.writes));
       print(text);
       return {};
     });
   });
+  calibrate->add_option("--seconds", c.seconds, "How long, default 60")->check(CLI::Range(1.0, 3600.0));
+  calibrate->add_flag("--writes", c.writes, "Measure writes too, putting back what was there");
   auto* config = noun("config", "The config file");
   verb(config, "check", "Touch nothing, exit 0 or 2 (needs --config)", false, [&] {
     with_config(c, [&](const Config& f) -> Status {
@@ -397,9 +399,6 @@ int run(int argc, char** argv) {
     if (j.is_string()) print(j.get<std::string>());
   });
   add_image_commands(app, &c.exit_code);
-  auto* exec = app.add_subcommand("vmm-exec", "Run a VMM so that its pmem faults stay small: vmm-exec -- CMD ARGS");
-  exec->prefix_command();
-  exec->callback([&] { c.exit_code = vmm_exec_command(exec->remaining()); });
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

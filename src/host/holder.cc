@@ -265,7 +265,8 @@ class Holder {
         return answer(ok, {}, {});
       case kList: {
         std::string all;
-        for (auto& name : *store_.list(packet->name)) all += name + '\n';
+        const auto names = store_.list(packet->name);
+        for (auto& name : *names) all += name + '\n';
         ok.blob_length = static_cast<uint32_t>(all.size());
         return answer(ok, all, {});
       }

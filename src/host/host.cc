@@ -13,6 +13,7 @@
 
 #include "src/base/log.h"
 #include "src/export/vhost_user/vhost_user.h"
+#include "src/host/calibrate.h"
 #include "src/host/iostat.h"
 #include "src/qos/qos.h"
 #include "src/volume/assemble.h"
@@ -146,8 +147,10 @@ Task<Status> Host::build() {
   pmem_ = std::make_unique<PmemHost>(config_.host.pmem_folder, options_.store, registry_.get());
   GraphOptions graph;
   graph.registry = registry_.get();
-  graph.wrap_disk = [this](VolumePtr leaf, const DiskConfig&) -> Result<VolumePtr> {
-    return make_qos(std::move(leaf), QosOptions{}, qos_);
+  graph.wrap_disk = [this](VolumePtr leaf, const DiskConfig& disk) -> Result<VolumePtr> {
+    QosOptions options;
+    SPILLWAY_TRY(options.model, stored_model(config_, disk.name));
+    return make_qos(std::move(leaf), options, qos_);
   };
   graph.wrap_node = [this](VolumePtr node, CacheMode mode, const std::string& key) -> Result<VolumePtr> {
     return cache_->attach(std::move(node), mode, key);
