@@ -1,0 +1,510 @@
+#include "src/volume/md/open.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <cstring>
+#include <set>
+#include <utility>
+
+#include "src/base/log.h"
+#include "src/volume/linear/linear.h"
+#include "src/volume/md/layout.h"
+#include "src/volume/md/raid0.h"
+#include "src/volume/mirror/mirror.h"
+#include "src/volume/raid5/raid5.h"
+#include "src/volume/slice/slice.h"
+
+namespace spillway::md {
+namespace {
+
+constexpr uint64_t kBlankBytes = kMiB;
+constexpr uint64_t kDataOffset = kMiB;              // of members made here
+constexpr uint64_t kAreaOffset = 8 * kKiB;          // of the bitmap or log of members made here
+constexpr uint64_t kDefaultChunk = 64 * kKiB;
+constexpr uint64_t kStaged = 64 * kKiB;             // of the bitmap read at once
+
+int layer_level(std::string_view layer) {
+  if (layer == "linear") return kLevelLinear;
+  if (layer == "stripe") return kLevelStripe;
+  if (layer == "mirror") return kLevelMirror;
+  return kLevelRaid5;
+}
+
+Task<Result<bool>> is_blank(Volume& v) {
+  const uint64_t n = std::min(v.size(), kBlankBytes);
+  AlignedBuffer b(n);
+  if (!b) co_return fail(ErrorKind::kNoMemory, v.name());
+  const iovec iov{b.data(), n};
+  Status s = co_await v.read(IoContext{.io_class = IoClass::kMetadata}, 0, Iov(&iov, 1));
+  if (!s) co_return fail(std::move(s).error());
+  for (uint64_t i = 0; i < n; ++i)
+    if (b.data()[i] != std::byte{0}) co_return false;
+  co_return true;
+}
+
+// Everything reads as zeros as far as block_status can tell without reading.
+Task<bool> is_hole(Volume& v) {
+  auto r = co_await v.block_status(0, v.size());
+  if (!r) co_return false;
+  for (const Extent& e : *r)
+    if (e.kind == Extent::Kind::kData) co_return false;
+  co_return true;
+}
+
+struct Opening {
+  LayerSpec spec;
+  std::vector<Candidate> all;
+  Superblock best;                  // freshest
+  std::vector<Candidate*> slots;    // by role
+  std::vector<Candidate*> spares;
+};
+
+Status check_same_array(Opening& o) {
+  const auto& spec = o.spec;
+  const Candidate* first = nullptr;
+  for (const Candidate& c : o.all) {
+    if (!c.sb) continue;
+    if (first == nullptr) first = &c;
+    if (c.sb->uuid() != first->sb->uuid())
+      return fail(ErrorKind::kInvalid,
+                  fmt::format("volume {}: members of different arrays: {} of {}, {} of {}", spec.name, first->name,
+                              format_uuid(first->sb->uuid()), c.name, format_uuid(c.sb->uuid())));
+    for (const Candidate& d : o.all) {
+      if (&d == &c) break;
+      if (d.sb && d.sb->device_uuid() == c.sb->device_uuid())
+        return fail(ErrorKind::kInvalid, fmt::format("volume {}: {} and {} are copies of one member ({})", spec.name,
+                                                     d.name, c.name, format_uuid(c.sb->device_uuid())));
+    }
+    if (c.sb->raw.events >= o.best.raw.events || o.best.raw.magic == 0) {
+      if (o.best.raw.magic == 0 || c.sb->raw.events > o.best.raw.events) o.best = *c.sb;
+    }
+  }
+  return {};
+}
+
+Status check_agreement(const Opening& o) {
+  const auto& spec = o.spec;
+  const auto& b = o.best.raw;
+  const auto contradicts = [&](const std::string& what) {
+    return fail(ErrorKind::kInvalid, fmt::format("volume {}: {}", spec.name, what));
+  };
+  if (spec.layer != "md") {
+    if (layer_level(spec.layer) != b.level)
+      return contradicts(fmt::format("layer \"{}\" but the superblocks say md {}", spec.layer, level_name(b.level)));
+    if (spec.chunk != 0 && b.chunk_sectors != 0 && b.level != kLevelMirror && b.level != kLevelLinear &&
+        spec.chunk != o.best.chunk_bytes())
+      return contradicts(fmt::format("chunk {} but the superblocks say {}", spec.chunk, o.best.chunk_bytes()));
+    if (b.level == kLevelRaid5 && !spec.raid5_layout.empty() &&
+        spec.raid5_layout != to_string(static_cast<Raid5Layout>(b.layout)))
+      return contradicts(fmt::format("layout {} but the superblocks say {}", spec.raid5_layout,
+                                     to_string(static_cast<Raid5Layout>(b.layout))));
+    if (spec.members.size() != b.raid_disks)
+      return contradicts(fmt::format("{} members but the superblocks say {}", spec.members.size(), b.raid_disks));
+    if (!spec.consistency.empty() && b.level > 0) {
+      const std::string_view is = o.best.has(kFeatureBitmap) ? "bitmap"
+                                  : o.best.has(kFeaturePpl) || o.best.has(kFeatureMultiplePpls) ? "ppl" : "resync";
+      if (spec.consistency != is)
+        return contradicts(fmt::format("consistency {} but the superblocks say {}", spec.consistency, is));
+    }
+  }
+  for (const Candidate& c : o.all) {
+    if (!c.sb || c.sb->raw.events + 1 < b.events) continue;
+    const auto& r = c.sb->raw;
+    if (r.level != b.level || r.layout != b.layout || r.chunk_sectors != b.chunk_sectors || r.raid_disks != b.raid_disks ||
+        r.size != b.size)
+      return contradicts(fmt::format("member {}: its superblock describes another array than the others'", c.name));
+  }
+  return {};
+}
+
+Status assign_slots(Opening& o) {
+  const auto& spec = o.spec;
+  const bool redundant = o.best.raw.level > 0;
+  o.slots.assign(o.best.raw.raid_disks, nullptr);
+  for (Candidate& c : o.all) {
+    if (!c.volume) continue;
+    if (!c.sb) {
+      if (redundant && c.blank) {
+        log(LogLevel::kWarn, "volume", "volume {}: member {} is blank and not used: spillway volume add {} {}", spec.name,
+            c.name, spec.name, c.name);
+        continue;
+      }
+      return fail(ErrorKind::kInvalid, fmt::format("volume {}: member {} has no md superblock", spec.name, c.name));
+    }
+    const uint16_t role = o.best.role_of(c.sb->raw.dev_number);
+    if (redundant && c.sb->raw.events + 1 < o.best.raw.events) {
+      log(LogLevel::kWarn, "volume", "volume {}: member {} is stale (event {} of {}) and not used", spec.name, c.name,
+          c.sb->raw.events, o.best.raw.events);
+      continue;
+    }
+    if (role == kRoleSpare && c.sb->own_role() == kRoleSpare) {
+      o.spares.push_back(&c);
+      continue;
+    }
+    if (role >= kRoleMax) {
+      log(LogLevel::kWarn, "volume", "volume {}: member {} was marked faulty by the others and is not used", spec.name, c.name);
+      continue;
+    }
+    if (o.slots[role] != nullptr)
+      return fail(ErrorKind::kCorrupt, fmt::format("volume {}: {} and {} both claim slot {}", spec.name,
+                                                   o.slots[role]->name, c.name, role));
+    o.slots[role] = &c;
+  }
+  return {};
+}
+
+
+// raid0 and linear: plain layouts over the data areas.
+Result<VolumePtr> open_plain(Opening& o) {
+  const auto& b = o.best.raw;
+  std::vector<VolumePtr> areas;
+  for (size_t i = 0; i < o.slots.size(); ++i) {
+    if (o.slots[i] == nullptr)
+      return fail(ErrorKind::kNotFound, fmt::format("volume {}: member {} of {} is missing and md {} has no redundancy",
+                                                    o.spec.name, i, o.slots.size(), level_name(b.level)));
+    const Superblock& sb = *o.slots[i]->sb;
+    const uint64_t round = sb.raw.chunk_sectors != 0 ? sb.chunk_bytes() : kSectorSize;
+    const uint64_t length = align_down(sb.raw.data_size * kSectorSize, round);
+    auto area = make_slice(o.slots[i]->name, o.slots[i]->volume, sb.data_offset_bytes(), length);
+    if (!area) return area;
+    areas.push_back(std::move(*area));
+  }
+  if (b.level == kLevelLinear) return make_linear(o.spec.name, std::move(areas));
+  // Without the layout feature the kernel refuses arrays of several zones; one zone is the same either way.
+  uint32_t layout = o.best.has(kFeatureRaid0Layout) ? b.layout : 0;
+  bool equal = true;
+  for (const auto& a : areas) equal &= a->size() == areas[0]->size();
+  if (layout != 1 && layout != 2) {
+    if (!equal)
+      return fail(ErrorKind::kUnsupported, fmt::format("volume {}: a raid0 of unequal members without a layout; mdadm "
+                                                       "--update=layout-original or layout-alternate decides", o.spec.name));
+    layout = 2;
+  }
+  return make_raid0(o.spec.name, std::move(areas), o.best.chunk_bytes(), static_cast<Raid0Layout>(layout));
+}
+
+MemberPtr make_member(const Candidate& c, int slot) {
+  auto m = std::make_shared<Member>();
+  m->volume = c.volume;
+  m->name = c.name;
+  m->sb = *c.sb;
+  m->slot = slot;
+  m->data_offset_ = c.sb->data_offset_bytes();
+  return m;
+}
+
+// Bytes from the superblock to the first thing behind the area, so that no area reaches into data or bad block log.
+uint64_t area_space(const Superblock& sb, int64_t offset_sectors) {
+  const int64_t begin = static_cast<int64_t>(kSuperOffset / kSectorSize) + offset_sectors;
+  int64_t end = static_cast<int64_t>(sb.raw.data_offset);
+  if (sb.raw.bblog_size != 0) {
+    const int64_t bad = static_cast<int64_t>(kSuperOffset / kSectorSize) + sb.raw.bblog_offset;
+    if (bad >= begin) end = std::min(end, bad);
+  }
+  return begin > 8 && end > begin ? static_cast<uint64_t>(end - begin) * kSectorSize : 0;
+}
+
+Task<Result<std::unique_ptr<Bitmap>>> load_bitmap(Opening& o, const ArrayInit& init) {
+  const uint64_t component = o.best.raw.size * kSectorSize;
+  const int64_t offset = o.best.raw.bitmap_offset;
+  std::unique_ptr<Bitmap> bitmap;
+  for (const MemberPtr& m : init.slots) {
+    if (!m || m->state.load() != MemberState::kActive) continue;
+    const std::string who = fmt::format("volume {}: member {}", o.spec.name, m->name);
+    const uint64_t space = area_space(m->sb, offset);
+    const uint64_t at = static_cast<uint64_t>(static_cast<int64_t>(kSuperOffset) + offset * kSectorSize);
+    if (space < sizeof(RawBitmapHeader) || !is_aligned(at, 4096) || m->sb.raw.bitmap_offset != offset)
+      co_return fail(ErrorKind::kCorrupt, fmt::format("{}: write-intent bitmap at sector {} has no room", who, offset));
+    AlignedBuffer buffer(align_down(std::min(space, kMiB), 4096));
+    if (!buffer || buffer.size() == 0) co_return fail(ErrorKind::kNoMemory, who + ": write-intent bitmap");
+    const iovec v = buffer.iov();
+    Status s = co_await m->volume->read(IoContext{.io_class = IoClass::kMetadata}, at, Iov(&v, 1));
+    if (!s) co_return fail(std::move(s).error().with_context(who));
+    RawBitmapHeader h;
+    std::memcpy(&h, buffer.data(), sizeof h);
+    s = Bitmap::check(h, component, buffer.size(), who);
+    if (!s) co_return fail(std::move(s).error());
+    if (std::to_array(h.uuid) != o.best.uuid())
+      co_return fail(ErrorKind::kCorrupt, who + ": the write-intent bitmap belongs to another array");
+    if (!bitmap) bitmap = std::make_unique<Bitmap>(h, component, buffer.size());
+    // A bitmap older than its superblock says nothing about the writes since: everything may differ.
+    const bool dirty = !o.best.clean();
+    if (dirty && (h.events < m->sb.raw.events || (h.state & kBitmapStale) != 0)) bitmap->set_all();
+    bitmap->merge(std::span<const std::byte>(buffer.data(), buffer.size()).subspan(sizeof h), dirty);
+  }
+  co_return bitmap;
+}
+
+Task<Result<VolumePtr>> open_redundant(Opening& o) {
+  const auto& spec = o.spec;
+  const bool raid5 = o.best.raw.level == kLevelRaid5;
+  Raid5Init init;
+  ArrayInit& a = init.array;
+  a.sb = o.best;
+  a.read_only = spec.read_only;
+  a.background = spec.background;
+  if (spec.rebuild_rate_min != 0) a.rebuild_rate_min = spec.rebuild_rate_min;
+  uint32_t active = 0;
+  for (size_t i = 0; i < o.slots.size(); ++i) {
+    a.slot_names.push_back(o.slots[i] != nullptr ? o.slots[i]->name : std::string());
+    if (o.slots[i] == nullptr) {
+      a.slots.push_back(nullptr);
+      continue;
+    }
+    Candidate& c = *o.slots[i];
+    if (c.volume->geometry().read_only && !spec.read_only)
+      co_return fail(ErrorKind::kReadOnly, fmt::format("volume {}: member {} is read-only", spec.name, c.name));
+    MemberPtr m = make_member(c, static_cast<int>(i));
+    if (c.sb->has(kFeatureRecoveryOffset) && c.sb->raw.recovery_offset < o.best.raw.size) {
+      m->recovered.store(c.sb->raw.recovery_offset * kSectorSize);
+      m->state.store(MemberState::kRebuilding);
+    } else {
+      m->recovered.store(kInSync);
+      m->state.store(MemberState::kActive);
+      ++active;
+    }
+    a.slots.push_back(std::move(m));
+  }
+  const uint32_t need = raid5 ? o.best.raw.raid_disks - 1 : 1;
+  if (active < need)
+    co_return fail(ErrorKind::kDegraded, fmt::format("volume {}: {} of {} members usable, needs {}", spec.name, active,
+                                                     o.best.raw.raid_disks, need));
+  for (Candidate* c : o.spares) a.spares.push_back(make_member(*c, -1));
+
+  if (o.best.has(kFeatureBitmap)) {
+    auto bitmap = co_await load_bitmap(o, a);
+    if (!bitmap) co_return fail(std::move(bitmap).error());
+    a.bitmap = std::move(*bitmap);
+    a.bitmap_offset = static_cast<uint64_t>(static_cast<int64_t>(kSuperOffset) + int64_t{o.best.raw.bitmap_offset} * kSectorSize);
+  }
+  const bool dirty = !o.best.clean(), degraded = active < o.best.raw.raid_disks;
+  if (raid5 && (o.best.has(kFeaturePpl) || o.best.has(kFeatureMultiplePpls))) {
+    init.ppl = true;
+    init.ppl_offset = static_cast<uint64_t>(static_cast<int64_t>(kSuperOffset) + int64_t{o.best.raw.ppl.offset} * kSectorSize);
+    init.ppl_size = std::min<uint64_t>(uint64_t{o.best.raw.ppl.size} * kSectorSize, area_space(o.best, o.best.raw.ppl.offset));
+    if (init.ppl_size < kPplHeaderSize + 4096)
+      co_return fail(ErrorKind::kCorrupt, fmt::format("volume {}: partial parity log at sector {} has no room", spec.name,
+                                                      o.best.raw.ppl.offset));
+  }
+  if (raid5 && dirty && degraded) {
+    if (spec.read_only)
+      log(LogLevel::kWarn, "volume", "volume {}: dirty and degraded: what the missing member held may read back wrong", spec.name);
+    else if (!init.ppl && !spec.force)
+      co_return fail(ErrorKind::kDegraded,
+                     fmt::format("volume {}: dirty and degraded without a partial parity log: what the missing member held "
+                                 "may be lost; read it with --read-only, or start it with --force", spec.name));
+  }
+  if (init.ppl && dirty && !spec.read_only) {
+    auto replayed = co_await replay_ppl(init);
+    if (!replayed) co_return fail(std::move(replayed).error().with_context(fmt::format("volume {}", spec.name)));
+    // As the kernel: entries replayed mean the log was in use, and it covers all that was in flight. A position other
+    // than zero says the first resync had not finished.
+    a.known_in_sync = *replayed > 0 && o.best.raw.resync_offset == 0;
+    log(LogLevel::kInfo, "volume", "volume {}: {} partial parity log entries replayed", spec.name, *replayed);
+  }
+  auto array = raid5 ? make_raid5(spec.name, std::move(init)) : make_mirror(spec.name, std::move(a));
+  if (!array) co_return fail(std::move(array).error());
+  (*array)->start();
+  co_return VolumePtr(std::move(*array));
+}
+
+}  // namespace
+
+Task<Result<std::vector<Candidate>>> examine(const LayerSpec& spec) {
+  std::vector<Candidate> all;
+  std::set<const Volume*> seen;
+  const size_t n = spec.members.size();
+  for (size_t i = 0; i < n + spec.spares.size(); ++i) {
+    Candidate c;
+    c.volume = i < n ? spec.members[i] : spec.spares[i - n];
+    c.name = c.volume ? c.volume->name() : i < spec.member_names.size() ? spec.member_names[i] : fmt::format("#{}", i);
+    if (c.volume) {
+      if (!seen.insert(c.volume.get()).second)
+        co_return fail(ErrorKind::kInvalid, fmt::format("volume {}: member {} is listed twice", spec.name, c.name));
+      auto sb = co_await read_superblock(*c.volume);
+      if (!sb) co_return fail(std::move(sb).error().with_context(fmt::format("volume {}", spec.name)));
+      c.sb = std::move(*sb);
+      if (!c.sb) {
+        auto blank = co_await is_blank(*c.volume);
+        if (!blank) co_return fail(std::move(blank).error());
+        c.blank = *blank;
+      }
+    }
+    all.push_back(std::move(c));
+  }
+  co_return all;
+}
+
+Task<Result<VolumePtr>> open_array(LayerSpec spec, std::vector<Candidate> members) {
+  Opening o;
+  o.spec = std::move(spec);
+  o.all = std::move(members);
+  // Blank spares become members' spares after opening; they have no say in what the array is.
+  std::vector<VolumePtr> fresh_spares;
+  for (auto it = o.all.begin() + static_cast<ptrdiff_t>(o.spec.members.size()); it != o.all.end();) {
+    if (it->sb || !it->volume) {
+      ++it;
+      continue;
+    }
+    if (!it->blank)
+      co_return fail(ErrorKind::kInvalid, fmt::format("volume {}: spare {} is not blank", o.spec.name, it->name));
+    fresh_spares.push_back(it->volume);
+    it = o.all.erase(it);
+  }
+  SPILLWAY_CO_CHECK(check_same_array(o));
+  if (o.best.raw.magic == 0)
+    co_return fail(ErrorKind::kInvalid, fmt::format("volume {}: no member has an md superblock", o.spec.name));
+  SPILLWAY_CO_CHECK(check_agreement(o));
+  SPILLWAY_CO_CHECK(assign_slots(o));
+  if (o.best.raw.level <= 0) co_return open_plain(o);
+  auto v = co_await open_redundant(o);
+  if (v && !o.spec.read_only)
+    for (const VolumePtr& s : fresh_spares) {
+      Status added = co_await array_control(**v)->add_member(s);
+      if (!added) log(LogLevel::kWarn, "volume", "{}", added.error().message());
+    }
+  co_return v;
+}
+
+Task<Result<CreatePlan>> create(const LayerSpec& spec, std::vector<Candidate> members, CreateOptions options) {
+  CreatePlan plan;
+  const auto bad = [&](const std::string& what) { return fail(ErrorKind::kInvalid, fmt::format("volume {}: {}", spec.name, what)); };
+  if (spec.layer != "linear" && spec.layer != "stripe" && spec.layer != "mirror" && spec.layer != "raid5")
+    co_return bad(fmt::format("layer \"{}\" carries no md superblock", spec.layer));
+  const int level = layer_level(spec.layer);
+  const size_t n = spec.members.size();
+  if (n < (level == kLevelRaid5 ? 3u : level == kLevelMirror ? 2u : 1u))
+    co_return bad(fmt::format("{} members are too few for a {}", n, spec.layer));
+  if (n > 64 || n + spec.spares.size() > kMaxDev) co_return bad(fmt::format("{} members are too many", n));
+  const uint64_t chunk = spec.chunk != 0 ? spec.chunk : kDefaultChunk;
+  if (level == kLevelRaid5 && (!std::has_single_bit(chunk) || chunk < 4096 || chunk > 64 * kMiB))
+    co_return bad(fmt::format("chunk {} is no power of two from 4K to 64M", chunk));
+  if (chunk == 0 || chunk % kSectorSize != 0 || chunk > kGiB) co_return bad(fmt::format("chunk {}", chunk));
+  Raid5Layout layout = Raid5Layout::kLeftSymmetric;
+  if (!spec.raid5_layout.empty() && !parse_raid5_layout(spec.raid5_layout, &layout))
+    co_return bad(fmt::format("layout \"{}\"", spec.raid5_layout));
+  std::string consistency = spec.consistency.empty() ? "bitmap" : spec.consistency;
+  if (level <= 0) consistency = "none";
+  else if (consistency != "bitmap" && consistency != "resync" && !(consistency == "ppl" && level == kLevelRaid5))
+    co_return bad(fmt::format("consistency \"{}\" on a {}", consistency, spec.layer));
+  if (consistency == "ppl" && chunk > 512 * kKiB) co_return bad(fmt::format("chunk {} is too large for ppl", chunk));
+
+  uint64_t smallest = UINT64_MAX, total = 0;
+  for (const Candidate& c : members) {
+    if (!c.volume) co_return bad(fmt::format("member {} is missing", c.name));
+    if (c.volume->geometry().read_only && !options.dry_run) co_return bad(fmt::format("member {} is read-only", c.name));
+    if (c.volume->size() < kDataOffset + std::max<uint64_t>(chunk, 64 * kKiB))
+      co_return bad(fmt::format("member {}: size {} is too small", c.name, c.volume->size()));
+    const uint64_t data = c.volume->size() - kDataOffset;
+    smallest = std::min(smallest, data);
+    if (c.sb) {
+      plan.destroys = true;
+      plan.lines.push_back(fmt::format("{}: carries md array {} ({}), which is lost", c.name, format_uuid(c.sb->uuid()),
+                                       level_name(c.sb->raw.level)));
+    } else if (!c.blank) {
+      plan.destroys = true;
+      plan.lines.push_back(fmt::format("{}: holds data, which is lost", c.name));
+    }
+  }
+  const uint64_t component = align_down(smallest, level == kLevelMirror ? 64 * kKiB : chunk);
+  for (size_t i = 0; i < n; ++i) total += align_down(members[i].volume->size() - kDataOffset, chunk);
+  plan.array_size = level == kLevelMirror  ? component
+                    : level == kLevelRaid5 ? component * (n - 1)
+                                           : total;
+
+  Superblock common;
+  RawSuperblock& r = common.raw;
+  r.magic = kMagic;
+  r.major_version = 1;
+  const Uuid uuid = random_uuid();
+  std::copy(uuid.begin(), uuid.end(), r.set_uuid);
+  std::memcpy(r.set_name, spec.name.data(), std::min(spec.name.size(), sizeof r.set_name - 1));
+  r.ctime = r.utime = static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count());
+  r.level = level;
+  r.layout = level == kLevelRaid5 ? static_cast<uint32_t>(layout) : level == kLevelStripe ? 2 : 0;
+  if (level == kLevelStripe) r.feature_map |= kFeatureRaid0Layout;
+  r.size = level > 0 ? component / kSectorSize : 0;
+  r.chunk_sectors = level == kLevelMirror ? 0 : static_cast<uint32_t>(chunk / kSectorSize);
+  r.raid_disks = static_cast<uint32_t>(n);
+  r.data_offset = kDataOffset / kSectorSize;
+  r.super_offset = kSuperOffset / kSectorSize;
+  constexpr int32_t kArea = static_cast<int32_t>((kAreaOffset - kSuperOffset) / kSectorSize);
+  if (consistency == "bitmap") {
+    r.feature_map |= kFeatureBitmap;
+    r.bitmap_offset = kArea;
+  } else if (consistency == "ppl") {
+    r.feature_map |= kFeaturePpl;
+    r.ppl.offset = static_cast<int16_t>(kArea);
+    r.ppl.size = static_cast<uint16_t>((kPplHeaderSize + std::max<uint64_t>(chunk, kPplSpace)) / kSectorSize);
+  }
+  common.roles.assign(kMaxDev, kRoleSpare);
+  for (size_t i = 0; i < n; ++i) common.roles[i] = static_cast<uint16_t>(i);
+
+  bool clean = options.assume_clean || level <= 0;
+  if (!clean) {
+    clean = true;
+    for (size_t i = 0; i < n && clean; ++i) clean = co_await is_hole(*members[i].volume);
+  }
+  r.resync_offset = clean ? kInSync : consistency == "ppl" ? 1 : 0;
+  if (level <= 0) r.resync_offset = 0;
+  plan.lines.push_back(fmt::format("{}: md 1.2 {}{}, {} members, {}{}{}", spec.name, level_name(level),
+                                   level == kLevelRaid5 ? fmt::format(" {}", to_string(layout)) : std::string(), n,
+                                   level == kLevelMirror ? std::string() : fmt::format("chunk {}, ", format_size(chunk)),
+                                   level > 0 ? fmt::format("consistency {}, ", consistency) : std::string(),
+                                   format_size(plan.array_size)));
+  for (size_t i = 0; i < members.size(); ++i)
+    plan.lines.push_back(fmt::format("{}: {}, superblock at 4 KiB, data from {}", members[i].name,
+                                     i < n ? fmt::format("slot {}", i) : "spare", format_size(kDataOffset)));
+  if (level > 0)
+    plan.lines.push_back(clean ? "members are all zeros (or said to agree): no first resync" : "a first resync follows");
+  if (options.dry_run) co_return plan;
+  if (plan.destroys && !options.force)
+    co_return fail(ErrorKind::kExists, fmt::format("volume {}: {}; --force goes on", spec.name, plan.lines.front()));
+
+  std::vector<std::byte> area;
+  if (consistency == "bitmap") {
+    RawBitmapHeader h{};
+    h.magic = kBitmapMagic;
+    h.version = kBitmapVersion;
+    std::copy(uuid.begin(), uuid.end(), h.uuid);
+    h.sync_size = component / kSectorSize;
+    const uint64_t space = kDataOffset - kAreaOffset;
+    h.chunk_size = static_cast<uint32_t>(Bitmap::choose_chunk(component, space, std::max<uint64_t>(chunk, kMiB)));
+    h.daemon_sleep = 5;
+    h.sectors_reserved = static_cast<uint32_t>(space / kSectorSize);
+    area.resize(align_up(Bitmap::bytes_for(component, h.chunk_size), 4096));
+    if (!clean) std::fill(area.begin() + sizeof h, area.end(), std::byte{0xff});
+    std::memcpy(area.data(), &h, sizeof h);
+  } else if (consistency == "ppl") {
+    area = empty_ppl_header(ppl_signature(uuid));
+  }
+  // First everything but the superblocks, then these: a crash in between leaves members without, not half an array.
+  IoContext ctx;
+  ctx.io_class = IoClass::kMetadata;
+  for (Candidate& c : members) {
+    AlignedBuffer head(kDataOffset);
+    if (!head) co_return fail(ErrorKind::kNoMemory, spec.name);
+    std::memset(head.data(), 0, head.size());
+    std::memcpy(head.data() + kAreaOffset, area.data(), area.size());
+    const iovec v = head.iov();
+    SPILLWAY_CO_CHECK(co_await c.volume->write(ctx, 0, Iov(&v, 1)));
+    SPILLWAY_CO_CHECK(co_await c.volume->flush(ctx));
+  }
+  for (size_t i = 0; i < members.size(); ++i) {
+    Superblock sb = common;
+    sb.raw.dev_number = static_cast<uint32_t>(i);
+    const Uuid id = random_uuid();
+    std::copy(id.begin(), id.end(), sb.raw.device_uuid);
+    const uint64_t data = members[i].volume->size() - kDataOffset;
+    sb.raw.data_size = (level > 0 ? std::max(component, align_down(data, kSectorSize)) : align_down(data, chunk)) / kSectorSize;
+    SPILLWAY_CO_CHECK(co_await write_superblock(*members[i].volume, sb));
+  }
+  log(LogLevel::kInfo, "volume", "{}", plan.lines[plan.lines.size() - members.size() - (level > 0 ? 2 : 1)]);
+  co_return plan;
+}
+
+}  // namespace spillway::md
