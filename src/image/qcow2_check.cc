@@ -1,0 +1,410 @@
+// Checking and repairing an image that nobody has open. Counts every reference from header, tables and snapshots and
+// compares with the refcounts on disk.
+//
+// Repair never patches refcounts: it writes a whole new refcount structure behind the last cluster in use and switches
+// with one write of the header's first sector. Until then nothing that the image refers to has changed.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <unordered_map>
+#include <unordered_set>
+
+#include <fmt/core.h>
+
+#include "src/image/member_io.h"
+#include "src/image/qcow2.h"
+#include "src/image/qcow2_format.h"
+
+namespace spillway {
+namespace qcow2 {
+namespace {
+
+// Counts by cluster; memory only where there is something.
+class Counts {
+ public:
+  uint64_t get(uint64_t cluster) const {
+    auto it = pages_.find(cluster / kPage);
+    return it == pages_.end() ? 0 : (*it->second)[cluster % kPage];
+  }
+  void add(uint64_t cluster, int64_t n) {
+    auto& page = pages_[cluster / kPage];
+    if (page == nullptr) page = std::make_unique<std::array<uint32_t, kPage>>();
+    (*page)[cluster % kPage] += static_cast<uint32_t>(n);
+    if (n > 0) end_ = std::max(end_, cluster + 1);
+  }
+  uint64_t end() const { return end_; }  // one past the highest that was ever counted
+  bool any(uint64_t first, uint64_t n) const {
+    for (uint64_t c = first; c < first + n && c < end_; ++c)
+      if (get(c) != 0) return true;
+    return false;
+  }
+
+ private:
+  static constexpr uint64_t kPage = 4096;
+  std::unordered_map<uint64_t, std::unique_ptr<std::array<uint32_t, kPage>>> pages_;
+  uint64_t end_ = 0;
+};
+
+class Checker {
+ public:
+  explicit Checker(VolumePtr file) : io_(std::move(file)) { ctx_.io_class = IoClass::kMetadata; }
+
+  Task<Status> open();
+  // Counts, and compares; fills the report.
+  Task<Status> run();
+  // Writes what run() has found to be true.
+  Task<Status> repair();
+  bool dirty() const { return (h_.incompatible & kDirty) != 0; }
+  bool corrupt() const { return (h_.incompatible & kCorrupt) != 0; }
+  Qcow2CheckReport report;
+  // Errors that a new refcount structure and right flags do not cure.
+  uint64_t structural = 0;
+  uint64_t mismatched = 0, wrong_flags = 0;
+
+ private:
+  struct Flag {
+    uint64_t at;     // in the file
+    uint64_t value;  // entry as it should be
+  };
+
+  void note(std::string line) {
+    if (report.lines.size() < 100) report.lines.push_back(std::move(line));
+  }
+  void error(std::string line) {
+    ++structural;
+    note("ERROR " + std::move(line));
+  }
+  uint64_t end() const { return align_up(io_.size(), h_.cluster_size()); }
+  bool count(const std::string& what, uint64_t offset, uint64_t length, bool aligned);
+  Task<Status> count_l1(std::string who, uint64_t offset, uint64_t entries, bool active);
+  Task<Status> count_l2(const std::string& who, uint64_t index, uint64_t table, bool active);
+  void check_l2_entry(const std::string& who, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t at, bool active);
+  void want_flag(uint64_t host, uint64_t entry, uint64_t at);
+  Task<Status> count_refcounts();
+  Task<Status> compare();
+  void judge_flags();
+  Task<Status> write_flags();
+  Task<Status> write_refcounts();
+
+  MemberIo io_;
+  IoContext ctx_;
+  Header h_;
+  Counts counts_;
+  std::vector<uint64_t> reftable_;
+  std::vector<std::pair<Flag, uint64_t>> flags_;  // entries of the active state that name `second`
+  std::vector<Flag> fixes_;
+  uint64_t last_host_ = 0;
+};
+
+Task<Status> Checker::open() {
+  std::vector<std::byte> bytes(4096);
+  SPILLWAY_CO_CHECK(co_await io_.read(ctx_, 0, bytes.data(), bytes.size()));
+  const uint64_t need = header_bytes_needed(bytes);
+  if (need > bytes.size()) {
+    bytes.resize(need);
+    SPILLWAY_CO_CHECK(co_await io_.read(ctx_, 0, bytes.data(), bytes.size()));
+  }
+  Result<Header> h = parse_header(bytes, align_up(io_.size(), need == 0 ? 512 : need));
+  if (!h) co_return fail(std::move(h).error().with_context("qcow2 " + io_.volume().name()));
+  h_ = std::move(*h);
+  co_return Status{};
+}
+
+// False: not counted, since it makes no sense.
+bool Checker::count(const std::string& what, uint64_t offset, uint64_t length, bool aligned) {
+  if (aligned && !is_aligned(offset, h_.cluster_size())) {
+    error(fmt::format("{} at {:#x}: not on a cluster boundary", what, offset));
+    return false;
+  }
+  if (offset >= end() || align_up(length, aligned ? h_.cluster_size() : 1) > end() - offset) {
+    error(fmt::format("{} at {:#x}: beyond the end of the file", what, offset));
+    return false;
+  }
+  for (uint64_t c = offset >> h_.cluster_bits; c << h_.cluster_bits < offset + length; ++c) counts_.add(c, 1);
+  return true;
+}
+
+void Checker::want_flag(uint64_t host, uint64_t entry, uint64_t at) {
+  flags_.push_back({{at, entry}, host >> h_.cluster_bits});
+}
+
+void Checker::check_l2_entry(const std::string& who, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t at,
+                             bool active) {
+  const std::string what = fmt::format("{}L2 entry for offset {:#x}", who, guest);
+  if ((entry & kCompressed) != 0) {
+    const CompressedSpan span = compressed_span(entry, h_.cluster_bits);
+    if ((entry & kCopied) != 0) error(fmt::format("{}: compressed and marked as copied", what));
+    const uint64_t begin = align_down(span.offset, 512);
+    if (count(what, begin, std::min(span.offset + span.length - begin, end() - std::min(end(), begin)), false)) {
+      ++report.clusters_compressed;
+      ++report.clusters_allocated;
+    }
+    return;
+  }
+  const uint64_t reserved = kL2Reserved | (h_.extended_l2() || h_.version < 3 ? kZeroFlag : 0);
+  if ((entry & reserved) != 0) error(fmt::format("{} ({:#x}): reserved bits are set", what, entry));
+  if (h_.extended_l2() && (bitmap & (bitmap >> 32) & 0xffffffff) != 0)
+    error(fmt::format("{}: subclusters both allocated and zero", what));
+  const uint64_t host = entry & kOffsetMask;
+  if (h_.external_data()) {
+    if ((host != 0 || (entry & kCopied) != 0) && host != guest) error(fmt::format("{}: external data elsewhere", what));
+    if ((entry & kCopied) != 0) ++report.clusters_allocated;
+    return;
+  }
+  if (host == 0) {
+    if (h_.extended_l2() && (bitmap & 0xffffffff) != 0) error(fmt::format("{}: subclusters without a cluster", what));
+    return;
+  }
+  if (!count(what, host, h_.cluster_size(), true)) return;
+  ++report.clusters_allocated;
+  if (last_host_ != 0 && host != last_host_ + h_.cluster_size()) ++report.clusters_fragmented;
+  last_host_ = host;
+  if (active) want_flag(host, entry, at);
+}
+
+Task<Status> Checker::count_l2(const std::string& who, uint64_t index, uint64_t table, bool active) {
+  std::vector<std::byte> raw(h_.cluster_size());
+  SPILLWAY_CO_CHECK(co_await io_.read(ctx_, table, raw.data(), raw.size()));
+  const uint64_t size = h_.l2_entry_size();
+  for (uint64_t i = 0; i < h_.l2_entries(); ++i) {
+    const uint64_t entry = load64(&raw[i * size]), bitmap = h_.extended_l2() ? load64(&raw[i * size + 8]) : 0;
+    if (entry == 0 && bitmap == 0) continue;
+    check_l2_entry(who, entry, bitmap, (index * h_.l2_entries() + i) << h_.cluster_bits, table + i * size, active);
+  }
+  co_return Status{};
+}
+
+Task<Status> Checker::count_l1(std::string who, uint64_t offset, uint64_t entries, bool active) {
+  if (entries == 0) co_return Status{};
+  if (!count(who + "L1 table", offset, entries * 8, true)) co_return Status{};
+  std::vector<std::byte> raw(entries * 8);
+  SPILLWAY_CO_CHECK(co_await io_.read(ctx_, offset, raw.data(), raw.size()));
+  std::unordered_set<uint64_t> seen;
+  for (uint64_t i = 0; i < entries; ++i) {
+    const uint64_t e = load64(&raw[i * 8]), table = e & kOffsetMask;
+    if ((e & kL1Reserved) != 0) error(fmt::format("{}L1 entry {} ({:#x}): reserved bits are set", who, i, e));
+    if (table == 0) continue;
+    const std::string what = fmt::format("{}L2 table {}", who, i);
+    if (!seen.insert(table).second) {
+      error(fmt::format("{} at {:#x} is used twice", what, table));
+      continue;
+    }
+    if (!count(what, table, h_.cluster_size(), true)) continue;
+    if (active) want_flag(table, e, offset + i * 8);
+    SPILLWAY_CO_CHECK(co_await count_l2(who, i, table, active));
+  }
+  co_return Status{};
+}
+
+Task<Status> Checker::count_refcounts() {
+  count("refcount table", h_.reftable_offset, uint64_t{h_.reftable_clusters} << h_.cluster_bits, true);
+  std::vector<std::byte> raw(h_.reftable_entries() * 8);
+  SPILLWAY_CO_CHECK(co_await io_.read(ctx_, h_.reftable_offset, raw.data(), raw.size()));
+  reftable_.assign(h_.reftable_entries(), 0);
+  std::unordered_set<uint64_t> seen;
+  for (uint64_t i = 0; i < reftable_.size(); ++i) {
+    const uint64_t at = load64(&raw[i * 8]);
+    if (at == 0) continue;
+    // A block that can not be read counts nothing: a new structure cures that.
+    if ((at & kRefTableReserved) != 0 || !is_aligned(at, h_.cluster_size()) || at >= end() || !seen.insert(at).second) {
+      ++mismatched;
+      note(fmt::format("ERROR refcount block {} at {:#x} is unusable", i, at));
+      continue;
+    }
+    counts_.add(at >> h_.cluster_bits, 1);
+    reftable_[i] = at;
+  }
+  co_return Status{};
+}
+
+Task<Status> Checker::compare() {
+  const uint64_t per_block = h_.refblock_entries();
+  const uint64_t clusters = end() >> h_.cluster_bits;
+  auto one = [&](uint64_t c, uint64_t have) {
+    const uint64_t want = counts_.get(c);
+    if (have == want) return;
+    if (have < want) {
+      ++mismatched;
+      note(fmt::format("ERROR cluster {} refcount={} reference={}", c, have, want));
+    } else {
+      ++report.leaks;
+      note(fmt::format("Leaked cluster {} refcount={} reference={}", c, have, want));
+    }
+  };
+  std::vector<std::byte> raw(h_.cluster_size());
+  for (uint64_t b = 0; b < reftable_.size(); ++b) {
+    const uint64_t first = b * per_block;
+    if (reftable_[b] == 0) {
+      if (first < counts_.end() && counts_.any(first, per_block))
+        for (uint64_t c = first; c < first + per_block && c < counts_.end(); ++c) one(c, 0);
+      continue;
+    }
+    SPILLWAY_CO_CHECK(co_await io_.read(ctx_, reftable_[b], raw.data(), raw.size()));
+    for (uint64_t i = 0; i < per_block; ++i) one(first + i, get_refcount(raw.data(), i, h_.refcount_order));
+  }
+  for (uint64_t c = reftable_.size() * per_block; c < counts_.end(); ++c) one(c, 0);
+  report.clusters_total = (h_.size + h_.cluster_size() - 1) >> h_.cluster_bits;
+  report.image_end = std::min(counts_.end(), clusters) << h_.cluster_bits;
+  co_return Status{};
+}
+
+// "Copied" must stand exactly where the count is one.
+void Checker::judge_flags() {
+  for (auto& [flag, cluster] : flags_) {
+    const bool copied = (flag.value & kCopied) != 0, one = counts_.get(cluster) == 1;
+    if (copied == one) continue;
+    ++wrong_flags;
+    note(fmt::format("ERROR OFLAG_COPIED of the entry {:#x} at {:#x}: refcount is {}", flag.value, flag.at,
+                     counts_.get(cluster)));
+    fixes_.push_back({flag.at, flag.value ^ kCopied});
+  }
+}
+
+Task<Status> Checker::run() {
+  counts_.add(0, 1);
+  SPILLWAY_CO_CHECK(co_await count_l1("", h_.l1_offset, h_.l1_size, true));
+  if (h_.snapshots > 0) {
+    const uint64_t have = end() - std::min(end(), h_.snapshots_offset);
+    std::vector<std::byte> raw(std::min(have, kMaxSnapshotBytes));
+    SPILLWAY_CO_CHECK(co_await io_.read(ctx_, h_.snapshots_offset, raw.data(), raw.size()));
+    uint64_t used = 0;
+    Result<std::vector<Snapshot>> list = parse_snapshots(raw, h_, &used);
+    if (!list) co_return std::unexpected(std::move(list).error());
+    count("snapshot table", h_.snapshots_offset, used, true);
+    for (const Snapshot& s : *list)
+      SPILLWAY_CO_CHECK(co_await count_l1(fmt::format("snapshot {}: ", s.id), s.l1_offset, s.l1_size, false));
+  }
+  SPILLWAY_CO_CHECK(co_await count_refcounts());
+  SPILLWAY_CO_CHECK(co_await compare());
+  judge_flags();
+  report.errors = structural + mismatched + wrong_flags;
+  co_return Status{};
+}
+
+Task<Status> Checker::write_flags() {
+  for (const Flag& f : fixes_) {
+    std::byte b[8];
+    store64(b, f.value);
+    SPILLWAY_CO_CHECK(co_await io_.write(ctx_, f.at, b, 8));
+  }
+  if (!fixes_.empty()) SPILLWAY_CO_CHECK(co_await io_.volume().flush(ctx_));
+  co_return Status{};
+}
+
+Task<Status> Checker::write_refcounts() {
+  const uint64_t cs = h_.cluster_size(), per_block = h_.refblock_entries();
+  const uint64_t start = counts_.end();
+  // The old structure is not referred to any more.
+  for (uint64_t c = 0; c < h_.reftable_clusters; ++c) counts_.add((h_.reftable_offset >> h_.cluster_bits) + c, -1);
+  for (uint64_t at : reftable_)
+    if (at != 0) counts_.add(at >> h_.cluster_bits, -1);
+  std::vector<uint64_t> used;  // blocks that count something below `start`
+  for (uint64_t b = 0; b * per_block < start; ++b)
+    if (counts_.any(b * per_block, per_block)) used.push_back(b);
+  uint64_t table = 1, blocks = used.size();
+  for (;;) {
+    const uint64_t all = start + table + blocks;
+    // The new clusters lie behind `start`: the blocks from there on are needed whatever they counted before.
+    uint64_t want = 0;
+    for (uint64_t b : used) want += b < start / per_block;
+    want += (all + per_block - 1) / per_block - start / per_block;
+    const uint64_t want_table = ((all + per_block - 1) / per_block * 8 + cs - 1) / cs;
+    if (want <= blocks && want_table <= table) break;
+    blocks = std::max(blocks, want);
+    table = std::max(table, want_table);
+  }
+  if (table * cs > kMaxRefTableBytes) co_return fail(ErrorKind::kNoSpace, "qcow2: the refcount table would be too large");
+  uint64_t all = start + table + blocks;
+  for (uint64_t c = start; c < all; ++c) counts_.add(c, 1);
+  // The estimate is never too small; what it has too much is taken back from the end.
+  for (;;) {
+    uint64_t needed = 0;
+    for (uint64_t b = 0; b * per_block < all; ++b) needed += counts_.any(b * per_block, per_block);
+    if (start + table + needed >= all) break;
+    counts_.add(--all, -1);
+  }
+  const uint64_t bytes = all * cs;
+  if (io_.size() < bytes)
+    SPILLWAY_CO_CHECK(co_await io_.volume().resize(align_up(bytes, io_.volume().geometry().block_size)));
+
+  const uint64_t max = h_.refcount_order == 6 ? ~uint64_t{0} : (uint64_t{1} << h_.refcount_bits()) - 1;
+  std::vector<std::byte> raw_table(table * cs), raw(cs);
+  uint64_t next = start + table;
+  for (uint64_t b = 0; b * per_block < all; ++b) {
+    if (!counts_.any(b * per_block, per_block)) continue;
+    SPILLWAY_ASSERT(next < all);
+    std::fill(raw.begin(), raw.end(), std::byte{0});
+    for (uint64_t i = 0; i < per_block && b * per_block + i < all; ++i) {
+      const uint64_t n = counts_.get(b * per_block + i);
+      if (n > max)
+        co_return fail(ErrorKind::kCorrupt, fmt::format("qcow2: cluster {} is used {} times, more than can be counted",
+                                                        b * per_block + i, n));
+      if (n > 0) set_refcount(raw.data(), i, h_.refcount_order, n);
+    }
+    store64(&raw_table[b * 8], next * cs);
+    SPILLWAY_CO_CHECK(co_await io_.write(ctx_, next * cs, raw.data(), cs));
+    ++next;
+  }
+  SPILLWAY_CO_CHECK(co_await io_.write(ctx_, start * cs, raw_table.data(), raw_table.size()));
+  SPILLWAY_CO_CHECK(co_await io_.volume().flush(ctx_));
+  std::byte sector[512];
+  SPILLWAY_CO_CHECK(co_await io_.read(ctx_, 0, sector, sizeof sector));
+  store64(sector + kFieldRefTable, start * cs);
+  store32(sector + kFieldRefTable + 8, static_cast<uint32_t>(table));
+  if (h_.version >= 3) {
+    uint64_t bits = h_.incompatible & ~uint64_t{kDirty};
+    if (structural == 0) bits &= ~uint64_t{kCorrupt};
+    store64(sector + kFieldIncompatible, bits);
+  }
+  SPILLWAY_CO_CHECK(co_await io_.write(ctx_, 0, sector, sizeof sector));
+  co_return co_await io_.volume().flush(ctx_);
+}
+
+Task<Status> Checker::repair() {
+  SPILLWAY_CO_CHECK(co_await write_flags());
+  co_return co_await write_refcounts();
+}
+
+}  // namespace
+}  // namespace qcow2
+
+Task<Result<Qcow2CheckReport>> check_qcow2(VolumePtr file, Qcow2Repair repair) {
+  if (repair != Qcow2Repair::kNone && file->geometry().read_only)
+    co_return fail(ErrorKind::kReadOnly, fmt::format("qcow2 {}: its file is read-only", file->name()));
+  qcow2::Checker first(file);
+  SPILLWAY_CO_CHECK(co_await first.open());
+  SPILLWAY_CO_CHECK(co_await first.run());
+  const bool wants = repair == Qcow2Repair::kAll
+                         ? first.report.errors > 0 || first.report.leaks > 0 || first.dirty() || first.corrupt()
+                         : repair == Qcow2Repair::kLeaks && first.report.leaks > 0 && first.report.errors == 0;
+  if (!wants) co_return std::move(first.report);
+  SPILLWAY_CO_CHECK(co_await first.repair());
+  qcow2::Checker again(file);
+  SPILLWAY_CO_CHECK(co_await again.open());
+  SPILLWAY_CO_CHECK(co_await again.run());
+  again.report.errors_fixed = first.report.errors - std::min(first.report.errors, again.report.errors);
+  again.report.leaks_fixed = first.report.leaks - std::min(first.report.leaks, again.report.leaks);
+  for (std::string& line : first.report.lines) again.report.lines.push_back("(before) " + std::move(line));
+  co_return std::move(again.report);
+}
+
+std::string check_to_text(const Qcow2CheckReport& r) {
+  std::string t;
+  for (const std::string& line : r.lines) t += line + "\n";
+  if (r.errors_fixed + r.leaks_fixed > 0)
+    t += fmt::format("Repaired: {} errors, {} leaks.\n", r.errors_fixed, r.leaks_fixed);
+  if (r.errors == 0 && r.leaks == 0) t += "No errors were found on the image.\n";
+  if (r.errors > 0) t += fmt::format("{} errors were found on the image.\n", r.errors);
+  if (r.leaks > 0) t += fmt::format("{} leaked clusters were found on the image.\n", r.leaks);
+  const double total = static_cast<double>(std::max<uint64_t>(1, r.clusters_total));
+  t += fmt::format("{}/{} = {:.2f}% allocated, {:.2f}% fragmented, {:.2f}% compressed clusters\nImage end offset: {}\n",
+                   r.clusters_allocated, r.clusters_total, 100.0 * static_cast<double>(r.clusters_allocated) / total,
+                   100.0 * static_cast<double>(r.clusters_fragmented) /
+                       static_cast<double>(std::max<uint64_t>(1, r.clusters_allocated)),
+                   100.0 * static_cast<double>(r.clusters_compressed) /
+                       static_cast<double>(std::max<uint64_t>(1, r.clusters_allocated)),
+                   r.image_end);
+  return t;
+}
+
+}  // namespace spillway
