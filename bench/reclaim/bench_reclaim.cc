@@ -274,7 +274,7 @@ void w3(sb::Report& rep, int rounds) {
 void w4(sb::Report& rep, int rounds) {
   std::map<std::string, std::vector<double>> p99, worst, frees;
   std::vector<sb::Contestant> all;
-  for (const char* name : {"rwlock", "srcu-expedited", "mutex", "rcu-list", "ours"}) {
+  for (const char* name : {"rwlock", "rwlock-yield", "srcu-expedited", "mutex", "rcu-list", "ours"}) {
     all.push_back({name, [&, name] {
       auto scheme = make_scheme(name);
       std::atomic<int> state{0};
@@ -306,7 +306,7 @@ void w4(sb::Report& rep, int rounds) {
     }});
   }
   sb::interleave(std::max(1, rounds / 3), all);
-  for (const char* name : {"rwlock", "srcu-expedited", "mutex", "rcu-list", "ours"}) {
+  for (const char* name : {"rwlock", "rwlock-yield", "srcu-expedited", "mutex", "rcu-list", "ours"}) {
     rep.run("W4 register+free of others, one blocked 1 s", {{"scheme", name}, {"us_p99", sb::median(p99[name])},
              {"us_max", sb::median(worst[name])}, {"frees", sb::median(frees[name])}, {"runs", p99[name].size()}});
   }

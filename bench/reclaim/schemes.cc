@@ -76,6 +76,10 @@ class Base : public Scheme {
     new (&s) Shrinker();
     return p;
   }
+  void drop(ShrinkerImpl* p) {
+    impl_.give_gate(p->gate);
+    impl_.drop_body(p);
+  }
   void set_bit(ShrinkerImpl* p) { impl_.set_bit(*impl_.root, 0, p->id); }
 
   // The library's walk over bits without references: the scheme holds its lock around.
@@ -98,11 +102,12 @@ class Base : public Scheme {
         Unit* unit = block->units[u].load();
         for (std::uint64_t m = unit->map.load(); m != 0 && !out.bailed; m &= m - 1) {
           const std::uint32_t bit = static_cast<std::uint32_t>(std::countr_zero(m));
-          ShrinkerImpl* s = impl_.ids.lookup((b * kFan + u) * kFan + bit);
-          if (s == nullptr) {
+          ShrinkerGate* gate = impl_.ids.lookup((b * kFan + u) * kFan + bit);
+          if (gate == nullptr) {
             unit->map.fetch_and(~mask(bit));
             continue;
           }
+          ShrinkerImpl* s = gate->body;
           if (!s->scan) continue;
           pass.shrink(*s, 0, *impl_.root, 0);
           ++out.visits;
@@ -118,10 +123,12 @@ class Base : public Scheme {
   Registry::Impl& impl_;
 };
 
-// (a) what 42c9db39 had: one rwlock, walkers try and bail out when a writer waits.
+// (a) what came before: one rwlock. A walker tries, and skips the pass when a writer has it or waits; inside it
+// goes to the end. `yield_to_writers` is 42c9db39's refinement: the walker looks after each shrinker whether a
+// writer waits, and then ends its pass early (writers wait for one callback, walks are cut).
 class RwLock final : public Base {
  public:
-  RwLock() {
+  explicit RwLock(bool yield_to_writers) : yield_(yield_to_writers) {
     pthread_rwlockattr_t a;
     pthread_rwlockattr_init(&a);
     pthread_rwlockattr_setkind_np(&a, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
@@ -144,16 +151,17 @@ class RwLock final : public Base {
     waiting_.fetch_sub(1);
     impl_.ids.erase(*p);
     pthread_rwlock_unlock(&lock_);
-    destroy(p);
+    drop(p);
   }
   WalkResult walk() override {
     if (pthread_rwlock_tryrdlock(&lock_) != 0) return {0, true};
-    const WalkResult r = walk_bits([&] { return waiting_.load(std::memory_order_relaxed) != 0; });
+    const WalkResult r = walk_bits([&] { return yield_ && waiting_.load(std::memory_order_relaxed) != 0; });
     pthread_rwlock_unlock(&lock_);
     return r;
   }
 
  private:
+  const bool yield_;
   pthread_rwlock_t lock_;
   std::atomic<int> waiting_{0};
 };
@@ -176,7 +184,7 @@ class Srcu final : public Base {
       impl_.ids.erase(*p);
     }
     synchronize();
-    destroy(p);
+    drop(p);
   }
   WalkResult walk() override {
     const unsigned i = index_.load() & 1;
@@ -230,7 +238,7 @@ class OneMutex final : public Base {
       std::lock_guard lock(m_);
       impl_.ids.erase(*p);
     }
-    destroy(p);
+    drop(p);
   }
   WalkResult walk() override {
     std::lock_guard lock(m_);
@@ -248,8 +256,9 @@ class RcuList final : public Base {
   Handle add(CountFn count, ScanFn scan) override {
     auto* n = new Node;
     n->s = make_impl(std::move(count), std::move(scan));
-    n->s->live_shards.store(1, std::memory_order_relaxed);
-    n->s->shards[0].refs.store(1, std::memory_order_release);
+    n->gate = n->s->gate;
+    n->gate->live_shards.store(1, std::memory_order_relaxed);
+    n->gate->shards()[0].refs.store(1, std::memory_order_release);
     set_bit(n->s);
     std::lock_guard lock(m_);
     Node* first = head_.load();
@@ -261,8 +270,8 @@ class RcuList final : public Base {
   void remove(Handle h) override {
     auto* n = static_cast<Node*>(h);
     ShrinkerImpl* s = n->s;
-    s->put(0);
-    while (s->done.load(std::memory_order_acquire) == ShrinkerImpl::kOpen) futex_wait(s->done, ShrinkerImpl::kOpen);
+    n->gate->put(0);
+    n->gate->wait_done();
     {
       std::lock_guard lock(m_);
       Node* next = n->next.load();
@@ -271,6 +280,8 @@ class RcuList final : public Base {
       if (next != nullptr) next->prev = n->prev;
       impl_.ids.erase(*s);
     }
+    n->gate->retire(ShrinkerGate::block_size(1));
+    impl_.drop_body(s);
     n->retire();
   }
   WalkResult walk() override {
@@ -283,12 +294,12 @@ class RcuList final : public Base {
     Pass pass(impl_, req, impl_.root, rec, freed, stop);
     rcu().lock();
     for (Node* n = head_.load(); n != nullptr; n = n->next.load()) {
-      if (!n->s->try_get(0)) continue;
+      if (!n->gate->try_get(0)) continue;
       rcu().unlock();
       pass.shrink(*n->s, 0, *impl_.root, 0);
       ++out.visits;
       rcu().lock();  // before the put, so that n stays linked in until we have read its next
-      n->s->put(0);
+      n->gate->put(0);
     }
     rcu().unlock();
     impl_.give_record(rec);
@@ -300,7 +311,7 @@ class RcuList final : public Base {
     ShrinkerImpl* s = nullptr;
     RcuPtr<Node> next;
     Node* prev = nullptr;  // guarded by m_
-    ~Node() { destroy(s); }
+    ShrinkerGate* gate = nullptr;
   };
   std::mutex m_;
   RcuPtr<Node> head_;
@@ -309,13 +320,14 @@ class RcuList final : public Base {
 }  // namespace
 
 const std::vector<std::string>& scheme_names() {
-  static const std::vector<std::string> names = {"rwlock", "srcu",     "srcu-expedited", "mutex",
-                                                 "rcu-list", "ours-1", "ours"};
+  static const std::vector<std::string> names = {"rwlock", "rwlock-yield", "srcu",   "srcu-expedited",
+                                                 "mutex",  "rcu-list",     "ours-1", "ours"};
   return names;
 }
 
 std::unique_ptr<Scheme> make_scheme(const std::string& name) {
-  if (name == "rwlock") return std::make_unique<RwLock>();
+  if (name == "rwlock") return std::make_unique<RwLock>(false);
+  if (name == "rwlock-yield") return std::make_unique<RwLock>(true);
   if (name == "srcu") return std::make_unique<Srcu>(false);
   if (name == "srcu-expedited") return std::make_unique<Srcu>(true);
   if (name == "mutex") return std::make_unique<OneMutex>();

@@ -28,7 +28,7 @@ class Scheme {
   virtual Registry& registry() = 0;
 };
 
-/// rwlock, srcu, srcu-expedited, mutex, rcu-list, ours-1 (one reference count), ours (one per core)
+/// rwlock, rwlock-yield, srcu, srcu-expedited, mutex, rcu-list, ours-1 (one reference count), ours (one per core)
 std::unique_ptr<Scheme> make_scheme(const std::string& name);
 const std::vector<std::string>& scheme_names();
 

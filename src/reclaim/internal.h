@@ -1,9 +1,12 @@
 // The structures behind the public handles, and what protects what.
 //
-//   IdTable       fixed-depth radix tree id -> ShrinkerImpl. Nodes are added and never removed before
+//   IdTable       fixed-depth radix tree id -> ShrinkerGate. Nodes are added and never removed before
 //                 the registry goes, so only the leaf slot needs RCU. Slots change under ids_mutex_.
-//   ShrinkerImpl  its reference count (one word per shard) says whether it exists for the walk; RCU
-//                 keeps the memory readable for whoever found the pointer and must learn that it is 0.
+//   ShrinkerGate  what a lookup finds: the reference counts (one word per shard) and the completion. RCU
+//                 keeps it readable for whoever found the pointer and must learn that the count is 0.
+//   ShrinkerImpl  what a reference gives: callbacks, statistics, name. It goes with the last reference,
+//                 at once, so a storm of register and free recycles warm memory; only the small gate
+//                 waits for a grace period.
 //   GroupTable    id -> group, slots change under groups_mutex_, read under RCU + try_get.
 //   Info/Block/Unit  per (group, node): a fixed-depth radix tree of bits and deferred work. Nodes are
 //                 installed by compare-exchange and live exactly as long as the group, so a walker
@@ -43,16 +46,20 @@ struct Destroy {
 
 // ---------------------------------------------------------------- shrinkers
 
-/// One share of a shrinker's references and statistics, so that walkers on different cores write
-/// different lines (S7). Each shard is a complete reference count of its own: 0 -> not there.
-struct alignas(64) Shard {
+/// One share of the references, so that walkers on different cores write different lines (S7). Each shard
+/// is a complete reference count of its own: 0 -> not there.
+struct alignas(64) RefShard {
   Atomic<std::uint64_t> refs{0};
+};
+
+/// One share of the statistics.
+struct alignas(64) Shard {
   std::atomic<std::uint64_t> scan_calls{0}, scanned{0}, freed_objects{0}, freed_bytes{0}, time_ns{0};
-  alignas(64) std::array<std::atomic<std::uint32_t>, 24> latency{};
+  std::array<std::atomic<std::uint32_t>, 24> latency{};
 };
 
 /// Rare events; one line for all threads.
-struct alignas(64) RareStats {
+struct alignas(64) RareStats {  // also makes the structure end on a line, so that shards can follow
   std::atomic<std::uint64_t> busy{0}, stops{0}, empties{0}, throws{0}, misreports{0}, overruns{0};
   std::atomic<std::uint64_t> skipped{0}, time_max_ns{0};
   std::atomic<std::uint8_t> last_status{0};
@@ -63,11 +70,42 @@ struct NameText : RcuObject<NameText, Destroy<NameText>> {
   char text[128];
 };
 
-struct ShrinkerImpl : RcuObject<ShrinkerImpl, Destroy<ShrinkerImpl>> {
+struct ShrinkerImpl;
+struct ShrinkerGate;
+struct RecycleGate {
+  void operator()(ShrinkerGate* g) const noexcept;
+};
+
+struct ShrinkerGate : RcuObject<ShrinkerGate, RecycleGate> {
+  Registry::Impl* reg = nullptr;
+  ShrinkerImpl* body = nullptr;  // valid for whoever holds a reference
+  std::uint32_t id = 0;
+  ShrinkerFlags flags = ShrinkerFlags::kNone;
+  unsigned nshards = 0;
+
+  // Completion: shards whose initial reference is not yet gone; the last put of the last one sets
+  // `done` and wakes whoever is kWaiting. kOrphan instead of a waiter: the last put finishes the free.
+  static constexpr std::uint32_t kOpen = 0, kDone = 1, kOrphan = 2, kWaiting = 3;
+  Atomic<std::uint32_t> live_shards{0};
+  Atomic<std::uint32_t> done{kOpen};
+  RefShard* shards() noexcept { return reinterpret_cast<RefShard*>(reinterpret_cast<char*>(this) + kHead); }
+
+  static constexpr std::size_t kHead = 128;  // sizeof(*this) rounded up to lines; checked in shrinker.cc
+  static constexpr std::size_t block_size(unsigned nshards) noexcept { return kHead + nshards * sizeof(RefShard); }
+
+  bool try_get(unsigned shard) noexcept;
+  void put(unsigned shard) noexcept;
+  void drop_initial() noexcept;
+  void wait_done() noexcept;
+};
+
+/// One block of memory: the structure with its first name, then its statistics.
+struct ShrinkerImpl {
   ~ShrinkerImpl();
 
   // Written between alloc and register_ by the owner, read-only afterwards; published by the
   // release store of the reference counts.
+  ShrinkerGate* gate = nullptr;
   Registry::Impl* reg = nullptr;
   std::uint32_t id = 0;
   std::uint32_t generation = 0;
@@ -82,21 +120,16 @@ struct ShrinkerImpl : RcuObject<ShrinkerImpl, Destroy<ShrinkerImpl>> {
   bool registered = false;  // owner only: what free has to undo (S1)
 
   RcuPtr<NameText> name;
-
-  // Completion: shards whose initial reference is not yet gone; the last put of the last one sets
-  // `done` and wakes. kOrphan instead of a waiter: the last put finishes the free.
-  static constexpr std::uint32_t kOpen = 0, kDone = 1, kOrphan = 2;
-  Atomic<std::uint32_t> live_shards{0};
-  Atomic<std::uint32_t> done{kOpen};
+  NameText first_name;
 
   // Health.
   std::atomic<std::int64_t> quarantined_until_ns{0};
   std::atomic<std::uint32_t> strikes{0}, quarantines{0};
   RareStats rare;
 
-  bool try_get(unsigned shard) noexcept;
-  void put(unsigned shard) noexcept;
-  void drop_initial() noexcept;
+  static constexpr std::size_t block_size(unsigned nshards) noexcept {
+    return sizeof(ShrinkerImpl) + nshards * sizeof(Shard);
+  }
   std::string label() const;
 };
 
@@ -116,7 +149,7 @@ class ShrinkerRef {
   }
   ~ShrinkerRef() { reset(); }
   void reset() noexcept {
-    if (s_ != nullptr) std::exchange(s_, nullptr)->put(shard_);
+    if (s_ != nullptr) std::exchange(s_, nullptr)->gate->put(shard_);
   }
   explicit operator bool() const noexcept { return s_ != nullptr; }
   ShrinkerImpl* operator->() const noexcept { return s_; }
@@ -133,7 +166,7 @@ class IdTable {
   IdTable() = default;
   ~IdTable();
   /// Under RCU. Null: no shrinker has this id.
-  ShrinkerImpl* lookup(std::uint32_t id) const noexcept;
+  ShrinkerGate* lookup(std::uint32_t id) const noexcept;
   /// Takes the lowest free id, sets s.id and s.generation, publishes the pointer.
   Errc insert(ShrinkerImpl& s) noexcept;
   void erase(ShrinkerImpl& s) noexcept;
@@ -142,7 +175,7 @@ class IdTable {
 
  private:
   struct Leaf {
-    RcuPtr<ShrinkerImpl> slot[kFan];
+    RcuPtr<ShrinkerGate> slot[kFan];
     std::uint32_t generation[kFan] = {};  // guarded by mutex_
   };
   struct Mid {
@@ -357,6 +390,21 @@ struct Registry::Impl {
   void move_deferred_cell(MemoryGroup& child, int node, std::uint32_t id, Unit& u) noexcept;
 
   // shrinker.cc
+  /// Memory of freed shrinkers, kept for the next alloc. Bodies are pushed and popped by owners under the
+  /// mutex; gates are pushed by the RCU worker and popped under the mutex. Both are bounded.
+  struct FreeBlock {
+    FreeBlock* next;
+  };
+  static constexpr std::uint32_t kFreeBodiesMax = 256, kFreeGatesMax = 16384;
+  std::atomic<FreeBlock*> freed_gates{nullptr};
+  std::atomic<std::uint32_t> gate_count{0};
+  Mutex blocks_mutex;
+  FreeBlock *gates = nullptr, *bodies = nullptr;  // guarded by blocks_mutex
+  std::uint32_t body_count = 0;                   // guarded by blocks_mutex
+  ShrinkerImpl* make_shrinker() noexcept;         // gate and body, unpublished
+  void drop_body(ShrinkerImpl* s) noexcept;
+  void give_gate(ShrinkerGate* g) noexcept;
+  void free_blocks() noexcept;
   ShrinkerRef get(std::uint32_t id) noexcept;
   Errc free_shrinker(ShrinkerImpl& s, bool orphan_on_error) noexcept;
   void finish_free(ShrinkerImpl& s) noexcept;

@@ -1,6 +1,6 @@
 // The process-wide side of the RCU wrapper: retire queue, backlog bound, fork handlers.
 //
-// The retire queue is liburcu's call_rcu worker. Its backlog is bounded by pressing on the producer:
+// Retired objects cross grace periods in batches, on liburcu's call_rcu worker. Its backlog is bounded by pressing on the producer:
 // above kBacklogLimit objects a retirer sleeps one worker period at a time (at most kPressTurns
 // times), which is the only place where a `free` can be slowed by a grace period, and only when it
 // has produced garbage faster than grace periods pass for long.
@@ -55,26 +55,89 @@ void run(Head* h) noexcept {
 }  // namespace
 
 #ifndef SPILLWAY_RECLAIM_INTERLEAVE
-static_assert(sizeof(rcu_head) <= sizeof(Head::opaque));
+namespace {
+
+// Objects wait in a few stacks (one per thread, threads beyond that share) and cross a grace period a
+// batch at a time: one call_rcu per batch, not per object. States of a lane: idle (in_flight 0), or one
+// batch on its way (1). Lost wakes: the pusher pushes, then looks at in_flight; the runner clears
+// in_flight, then looks at the stack; both seq_cst, so one of them starts the next batch.
+struct alignas(64) Lane {
+  std::atomic<Head*> incoming{nullptr};
+  std::atomic<std::uint32_t> in_flight{0};
+  Head* batch = nullptr;  // owned by whoever has in_flight
+  rcu_head marker{};
+};
+constexpr unsigned kLanes = 8;
+Lane g_lanes[kLanes];
+
+Head*& next_of(Head* h) noexcept { return reinterpret_cast<Head*&>(h->opaque[0]); }
+
+void batch_done(rcu_head* marker) noexcept;
+
+// With in_flight taken.
+void start_batch(Lane& lane) noexcept {
+  for (;;) {
+    lane.batch = lane.incoming.exchange(nullptr);
+    if (lane.batch != nullptr) {
+      urcu_bp_call_rcu(&lane.marker, batch_done);
+      return;
+    }
+    lane.in_flight.store(0);
+    if (lane.incoming.load() == nullptr || lane.in_flight.exchange(1) != 0) return;
+  }
+}
+
+void batch_done(rcu_head* marker) noexcept {
+  auto& lane = *reinterpret_cast<Lane*>(reinterpret_cast<char*>(marker) - offsetof(Lane, marker));
+  Head* fifo = nullptr;  // oldest first: a barrier's marker comes after what was retired before it
+  for (Head* h = lane.batch; h != nullptr;) {
+    Head* next = next_of(h);
+    next_of(h) = fifo;
+    fifo = h;
+    h = next;
+  }
+  for (Head* h = fifo; h != nullptr;) {
+    Head* next = next_of(h);
+    run(h);
+    h = next;
+  }
+  start_batch(lane);
+}
+
+void push(Lane& lane, Head* h) noexcept {
+  count_retire(h);
+  Head* first = lane.incoming.load(std::memory_order_relaxed);
+  do {
+    next_of(h) = first;
+  } while (!lane.incoming.compare_exchange_weak(first, h));
+  if (lane.in_flight.load() == 0 && lane.in_flight.exchange(1) == 0) start_batch(lane);
+}
+
+}  // namespace
 
 void enqueue(Head* h) noexcept {
-  count_retire(h);
-#ifdef SPILLWAY_TSAN
-  __tsan_release(h);
-#endif
-  urcu_bp_call_rcu(reinterpret_cast<rcu_head*>(h->opaque), [](rcu_head* raw) {
-    static_assert(offsetof(Head, opaque) == 0);
-    auto* head = reinterpret_cast<Head*>(raw);
-#ifdef SPILLWAY_TSAN
-    __tsan_acquire(head);
-#endif
-    run(head);
-  });
+  push(g_lanes[thread_slot() % kLanes], h);
   for (int i = 0; i < kPressTurns && !t_in_worker; ++i) {
     const auto deleted = g_deleted.load(std::memory_order_relaxed);
     if (g_retired.load(std::memory_order_relaxed) - deleted < kBacklogLimit) break;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
+}
+
+void barrier() noexcept {
+  struct Marker : Head {
+    std::atomic<std::uint32_t>* left = nullptr;
+  } marker[kLanes];
+  std::atomic<std::uint32_t> left{kLanes};
+  for (unsigned i = 0; i < kLanes; ++i) {
+    marker[i].left = &left;
+    marker[i].run = [](Head* h) noexcept {
+      auto& word = *static_cast<Marker*>(h)->left;
+      if (word.fetch_sub(1, std::memory_order_acq_rel) == 1) futex_wake(word, 1);
+    };
+    push(g_lanes[i], &marker[i]);
+  }
+  for (std::uint32_t n; (n = left.load(std::memory_order_acquire)) != 0;) futex_wait(left, n);
 }
 #else
 void run_now(Head* h) noexcept { run(h); }
@@ -90,20 +153,9 @@ void rcu_synchronize() noexcept {
 #endif
 }
 
-// An own object at the end of the queue: liburcu's default worker runs it in order. (urcu_bp_barrier does
-// the same for all workers, but hands memory between threads in ways that TSAN can not follow.)
-void rcu_barrier() noexcept {
-  struct Marker : rcu_detail::Head {
-    std::atomic<std::uint32_t> reached{0};
-  } marker;
-  marker.run = [](rcu_detail::Head* h) noexcept {
-    auto& reached = static_cast<Marker*>(h)->reached;
-    reached.store(1, std::memory_order_release);
-    futex_wake(reached, 1);
-  };
-  rcu_detail::enqueue(&marker);
-  while (marker.reached.load(std::memory_order_acquire) == 0) futex_wait(marker.reached, 0);
-}
+// An own object at the end of each lane. (urcu_bp_barrier would do the same for liburcu's workers, but hands
+// memory between threads in ways that TSAN can not follow.)
+void rcu_barrier() noexcept { rcu_detail::barrier(); }
 
 void rcu_enable_fork() noexcept {
   static std::once_flag once;

@@ -95,6 +95,7 @@ void Registry::Impl::Names::erase_name(std::uint64_t parent, std::string_view na
 
 
 Registry::Impl::~Impl() {
+  free_blocks();
   for (unsigned i = 0; records != nullptr && i < kMaxRecords; ++i) {
     if (auto* ring = records[i].ring.load()) release(ring, records[i].ring_size * sizeof(*ring));
   }

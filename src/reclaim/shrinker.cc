@@ -13,7 +13,8 @@
 //             7 slot = null, id back to the pool         only now: a walker that still holds a reference
 //                                                        in 5 or 6 must be able to tell "dying" (slot
 //                                                        there, keep the bit) from "gone" (slot empty)
-//             8 memory after a grace period              a reader under RCU may have the pointer from
+//             8 the body (callbacks, statistics) now     only references led to it, and there are none
+//             9 the gate after a grace period            a reader under RCU may have the pointer from
 //                                                        before 7 and is about to read a zero count; and
 //                                                        the signaller of 6 touches it until it leaves RCU
 //
@@ -28,14 +29,99 @@ namespace spillway::reclaim {
 
 thread_local CallFrame* t_frame = nullptr;
 
+static_assert(sizeof(ShrinkerGate) <= ShrinkerGate::kHead);
+static_assert(sizeof(ShrinkerImpl) % alignof(Shard) == 0);
+
 ShrinkerImpl::~ShrinkerImpl() {
-  destroy(name.load());
-  if (shards != nullptr) release(shards, nshards * sizeof(Shard));
+  NameText* n = name.load();
+  if (n != &first_name) destroy(n);
 }
 
+// ---------------------------------------------------------------- memory
+
+#ifdef SPILLWAY_RECLAIM_POISON
+constexpr bool kRecycle = false;  // the tests want to see a use after free
+#else
+constexpr bool kRecycle = true;
+#endif
+
+ShrinkerImpl* Registry::Impl::make_shrinker() noexcept {
+  void *gate = nullptr, *body = nullptr;
+  {
+    Lock lock(blocks_mutex);
+    if (gates == nullptr) gates = freed_gates.exchange(nullptr, std::memory_order_acquire);
+    if (gates != nullptr) {
+      gate = std::exchange(gates, gates->next);
+      gate_count.fetch_sub(1, std::memory_order_relaxed);
+    }
+    if (bodies != nullptr) {
+      body = std::exchange(bodies, bodies->next);
+      --body_count;
+    }
+  }
+  const unsigned n = opt.ref_shards;
+  if (gate == nullptr) gate = allocate(ShrinkerGate::block_size(n));
+  if (body == nullptr) body = allocate(ShrinkerImpl::block_size(n));
+  if (gate == nullptr || body == nullptr) {
+    if (gate != nullptr) release(gate, ShrinkerGate::block_size(n));
+    if (body != nullptr) release(body, ShrinkerImpl::block_size(n));
+    return nullptr;
+  }
+  auto* g = new (gate) ShrinkerGate();
+  auto* s = new (body) ShrinkerImpl();
+  g->reg = s->reg = this;
+  g->body = s;
+  s->gate = g;
+  g->nshards = s->nshards = n;
+  for (unsigned i = 0; i < n; ++i) new (&g->shards()[i]) RefShard();
+  s->shards = reinterpret_cast<Shard*>(static_cast<char*>(body) + sizeof(ShrinkerImpl));
+  for (unsigned i = 0; i < n; ++i) new (&s->shards[i]) Shard();
+  s->name.store(&s->first_name);
+  return s;
+}
+
+void Registry::Impl::drop_body(ShrinkerImpl* s) noexcept {
+  s->~ShrinkerImpl();
+  {
+    Lock lock(blocks_mutex);
+    if (kRecycle && body_count < kFreeBodiesMax) {
+      bodies = new (s) FreeBlock{bodies};
+      ++body_count;
+      return;
+    }
+  }
+  release(s, ShrinkerImpl::block_size(opt.ref_shards));
+}
+
+void RecycleGate::operator()(ShrinkerGate* g) const noexcept { g->reg->give_gate(g); }
+
+// After the grace period, on the RCU worker.
+void Registry::Impl::give_gate(ShrinkerGate* g) noexcept {
+  g->~ShrinkerGate();
+  if (!kRecycle || gate_count.load(std::memory_order_relaxed) >= kFreeGatesMax) {
+    release(g, ShrinkerGate::block_size(opt.ref_shards));
+    return;
+  }
+  gate_count.fetch_add(1, std::memory_order_relaxed);
+  auto* b = new (g) FreeBlock{freed_gates.load(std::memory_order_relaxed)};
+  while (!freed_gates.compare_exchange_weak(b->next, b, std::memory_order_release, std::memory_order_relaxed)) {
+  }
+}
+
+void Registry::Impl::free_blocks() noexcept {
+  const auto all = [](FreeBlock* list, std::size_t size) {
+    while (list != nullptr) release(std::exchange(list, list->next), size);
+  };
+  all(bodies, ShrinkerImpl::block_size(opt.ref_shards));
+  all(gates, ShrinkerGate::block_size(opt.ref_shards));
+  all(freed_gates.exchange(nullptr, std::memory_order_acquire), ShrinkerGate::block_size(opt.ref_shards));
+}
+
+// ---------------------------------------------------------------- references
+
 // Partner of the release store in register_ (acquire on success). Increment unless zero.
-bool ShrinkerImpl::try_get(unsigned shard) noexcept {
-  auto& refs = shards[shard].refs;
+bool ShrinkerGate::try_get(unsigned shard) noexcept {
+  auto& refs = shards()[shard].refs;
   std::uint64_t v = refs.load(std::memory_order_relaxed);
   while (v != 0) {
     if (refs.compare_exchange_weak(v, v + 1, std::memory_order_acquire, std::memory_order_relaxed)) {
@@ -47,21 +133,25 @@ bool ShrinkerImpl::try_get(unsigned shard) noexcept {
 
 // Release: what the callback did happens before what free's caller does next. The completion is
 // signalled under RCU: free may return and retire *this between `done` and the wake.
-void ShrinkerImpl::put(unsigned shard) noexcept {
-  if (shards[shard].refs.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+void ShrinkerGate::put(unsigned shard) noexcept {
+  if (shards()[shard].refs.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   RcuGuard keep;
   if (live_shards.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  if (done.exchange(kDone, std::memory_order_acq_rel) == kOrphan) {
-    reg->finish_free(*this);
-  } else {
-    futex_wake(done, 1);
-  }
+  const std::uint32_t before = done.exchange(kDone, std::memory_order_acq_rel);
+  if (before == kOrphan) reg->finish_free(*body);
+  if (before == kWaiting) futex_wake(done, 1);
 }
 
-void ShrinkerImpl::drop_initial() noexcept {
+void ShrinkerGate::drop_initial() noexcept {
   RcuGuard keep;  // an orphan may be retired by the last put
   const unsigned n = nshards;
   for (unsigned i = 0; i < n; ++i) put(i);
+}
+
+void ShrinkerGate::wait_done() noexcept {
+  std::uint32_t seen = kOpen;
+  done.compare_exchange_strong(seen, kWaiting, std::memory_order_acq_rel, std::memory_order_acquire);
+  while (done.load(std::memory_order_acquire) != kDone) futex_wait(done, kWaiting);
 }
 
 std::string ShrinkerImpl::label() const {
@@ -81,7 +171,7 @@ IdTable::~IdTable() {
   }
 }
 
-ShrinkerImpl* IdTable::lookup(std::uint32_t id) const noexcept {
+ShrinkerGate* IdTable::lookup(std::uint32_t id) const noexcept {
   if (id >= kMaxShrinkers) return nullptr;  // bounds before any use (weakness 5)
   Mid* m = top_[block_of(id)].load();
   if (m == nullptr) return nullptr;
@@ -111,9 +201,9 @@ Errc IdTable::insert(ShrinkerImpl& s) noexcept {
     full_[top] |= mask(mid);
     if (~full_[top] == 0) full_top_ |= mask(top);
   }
-  s.id = (top * kFan + mid) * kFan + bit;
+  s.id = s.gate->id = (top * kFan + mid) * kFan + bit;
   s.generation = l->generation[bit];
-  l->slot[bit].store(&s);  // release: a lookup sees id, shards and the zero counts
+  l->slot[bit].store(s.gate);  // release: a lookup sees id, shards and the zero counts
   if (s.id >= limit_.load(std::memory_order_relaxed)) limit_.store(s.id + 1, std::memory_order_release);
   size_.fetch_add(1, std::memory_order_relaxed);
   return Errc::kOk;
@@ -134,11 +224,11 @@ void IdTable::erase(ShrinkerImpl& s) noexcept {
 // ---------------------------------------------------------------- verbs
 
 ShrinkerRef Registry::Impl::get(std::uint32_t id) noexcept {
-  RcuGuard g;
-  ShrinkerImpl* s = ids.lookup(id);
-  if (s == nullptr) return {};
-  const unsigned shard = thread_slot() % s->nshards;
-  return s->try_get(shard) ? ShrinkerRef(s, shard) : ShrinkerRef();
+  RcuGuard guard;
+  ShrinkerGate* g = ids.lookup(id);
+  if (g == nullptr) return {};
+  const unsigned shard = thread_slot() % g->nshards;
+  return g->try_get(shard) ? ShrinkerRef(g->body, shard) : ShrinkerRef();
 }
 
 namespace {
@@ -155,25 +245,15 @@ Shrinker Registry::alloc(ShrinkerFlags flags, std::string_view name, Errc* why) 
     return Shrinker();
   };
   if (why != nullptr) *why = Errc::kOk;
-  ShrinkerImpl* s = make<ShrinkerImpl>();
+  ShrinkerImpl* s = impl_->make_shrinker();
   if (s == nullptr) return fail(Errc::kNoMemory);
-  s->reg = impl_.get();
-  s->flags = flags;
+  s->flags = s->gate->flags = flags;
   s->budget_ns = impl_->opt.time_budget.count();
-  s->nshards = impl_->opt.ref_shards;
-  auto* text = make<NameText>();
-  s->shards = static_cast<Shard*>(allocate(s->nshards * sizeof(Shard)));
-  if (s->shards == nullptr || text == nullptr) {
-    destroy(text);
-    destroy(s);
-    return fail(Errc::kNoMemory);
-  }
-  for (unsigned i = 0; i < s->nshards; ++i) new (&s->shards[i]) Shard();
-  copy_name(text->text, name);
-  s->name.store(text);
+  copy_name(s->first_name.text, name);
   const Errc e = impl_->ids.insert(*s);
   if (e != Errc::kOk) {
-    destroy(s);
+    impl_->give_gate(s->gate);
+    impl_->drop_body(s);
     return fail(e);
   }
   return Shrinker(s);
@@ -227,7 +307,8 @@ Errc Shrinker::rename(std::string_view name) {
   auto* text = make<NameText>();
   if (text == nullptr) return Errc::kNoMemory;
   copy_name(text->text, name);
-  impl_->name.exchange(text)->retire();
+  NameText* old = impl_->name.exchange(text);
+  if (old != &impl_->first_name) old->retire();
   return Errc::kOk;
 }
 
@@ -236,9 +317,10 @@ Errc Shrinker::register_() {
   if (impl_->registered) return Errc::kState;
   impl_->registered = true;
   // The completion is whole before the first count is not zero (weakness 8).
-  impl_->live_shards.store(impl_->nshards, std::memory_order_relaxed);
-  for (unsigned i = 0; i < impl_->nshards; ++i) {
-    impl_->shards[i].refs.store(1, std::memory_order_release);  // partner: try_get
+  ShrinkerGate& gate = *impl_->gate;
+  gate.live_shards.store(gate.nshards, std::memory_order_relaxed);
+  for (unsigned i = 0; i < gate.nshards; ++i) {
+    gate.shards()[i].refs.store(1, std::memory_order_release);  // partner: try_get
   }
   return Errc::kOk;
 }
@@ -252,12 +334,12 @@ void Shrinker::set_bit(MemoryGroup& group, int node) noexcept {
 }
 void Shrinker::set_bit() noexcept { set_bit(*impl_->reg->root, 0); }
 
-// The slot is enough, registered or not (weakness 6); the shrinker is read under RCU only.
+// The slot is enough, registered or not (weakness 6); the gate is read under RCU only.
 void Registry::set_bit(std::uint32_t id, MemoryGroup& group, int node) noexcept {
   bool all_groups = false, all_nodes = false;
   {
     RcuGuard guard;
-    const ShrinkerImpl* s = impl_->ids.lookup(id);
+    const ShrinkerGate* s = impl_->ids.lookup(id);
     if (s == nullptr) return;
     all_groups = has(s->flags, ShrinkerFlags::kGroupAware);
     all_nodes = has(s->flags, ShrinkerFlags::kNumaAware);
@@ -304,7 +386,7 @@ bool closes_circle(Registry::Impl& reg, std::uint32_t target, std::uint32_t mine
 }
 }  // namespace
 
-// Steps 5 to 8 of the head of this file. `orphan_on_error`: a destructor can not refuse, so what would
+// Steps 5 to 9 of the head of this file. `orphan_on_error`: a destructor can not refuse, so what would
 // wait for itself is left to the last put.
 Errc Registry::Impl::free_shrinker(ShrinkerImpl& s, bool orphan_on_error) noexcept {
   if (!s.registered) {
@@ -329,23 +411,24 @@ Errc Registry::Impl::free_shrinker(ShrinkerImpl& s, bool orphan_on_error) noexce
              : "callbacks on two threads free each other's shrinker");
     if (!orphan_on_error) return e;
     s.registered = false;
-    s.done.exchange(ShrinkerImpl::kOrphan, std::memory_order_acq_rel);
-    s.drop_initial();
+    s.gate->done.exchange(ShrinkerGate::kOrphan, std::memory_order_acq_rel);
+    s.gate->drop_initial();
     return e;
   }
   s.registered = false;
-  s.drop_initial();
-  while (s.done.load(std::memory_order_acquire) == ShrinkerImpl::kOpen) {
-    futex_wait(s.done, ShrinkerImpl::kOpen);
-  }
+  s.gate->drop_initial();
+  s.gate->wait_done();
   if (f != nullptr && f->record != nullptr) f->record->waiting_for.store(0);
   finish_free(s);
   return Errc::kOk;
 }
 
+// What the callbacks captured goes now, in the caller's thread, not after a grace period in another's.
 void Registry::Impl::finish_free(ShrinkerImpl& s) noexcept {
   ids.erase(s);
-  s.retire(sizeof(ShrinkerImpl) + sizeof(NameText) + s.nshards * sizeof(Shard));
+  ShrinkerGate* gate = s.gate;
+  drop_body(&s);
+  gate->retire(ShrinkerGate::block_size(gate->nshards));
 }
 
 }  // namespace spillway::reclaim

@@ -380,11 +380,11 @@ void Pass::visit(MemoryGroup& g, int node, std::uint32_t sid, Unit* unit, bool o
   bool slot;
   {
     RcuGuard guard;
-    ShrinkerImpl* p = reg.ids.lookup(sid);
+    ShrinkerGate* p = reg.ids.lookup(sid);
     slot = p != nullptr;
     if (p != nullptr) {
       const unsigned shard = thread_slot() % p->nshards;
-      if (p->try_get(shard)) s = ShrinkerRef(p, shard);
+      if (p->try_get(shard)) s = ShrinkerRef(p->body, shard);
     }
   }
   if (!slot) {
