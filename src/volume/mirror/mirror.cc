@@ -66,7 +66,8 @@ class Mirror final : public RedundantArray {
       if (m && m->state.load() == MemberState::kActive) return m;
     return nullptr;
   }
-  Task<Status> read_other(IoContext ctx, uint64_t offset, Iov iov, MemberPtr failed, Error why);
+  Task<Status> read_other(IoContext ctx, uint64_t offset, Iov iov);
+  Task<Status> read_any(IoContext ctx, uint64_t offset, std::byte* to, uint64_t length, MemberPtr* source);
   Task<Status> write_all(IoContext ctx, uint64_t offset, Iov iov);
   Task<Status> zero(IoContext ctx, uint64_t offset, uint64_t length, bool unmap);
   Task<Status> fan_out(uint64_t end, std::function<Task<Status>(Member&)> op);
@@ -90,47 +91,67 @@ Task<Status> Mirror::do_read(IoContext ctx, uint64_t offset, Iov iov) {
   Status s = co_await m->volume->read(ctx, m->data_offset() + offset, iov);
   if (s) co_return s;
   if (s.error().kind() != ErrorKind::kIo && s.error().kind() != ErrorKind::kNotFound) co_return s;
-  co_return co_await read_other(ctx, offset, iov, m, std::move(s).error());
+  co_return co_await read_other(ctx, offset, iov);
 }
 
-// Another member has it; the one that failed gets it back, under the lock so that no newer write is undone.
-Task<Status> Mirror::read_other(IoContext ctx, uint64_t offset, Iov iov, MemberPtr failed, Error why) {
+// Some member could not read. Again under the lock, so that a correction undoes no newer write.
+Task<Status> Mirror::read_other(IoContext ctx, uint64_t offset, Iov iov) {
   const uint64_t length = iov_length(iov), end = offset + length;
   const uint64_t g0 = offset / kGranule, g1 = (end - 1) / kGranule;
+  AlignedBuffer copy(length);
+  if (!copy) co_return fail(ErrorKind::kNoMemory, fmt::format("volume {}: read", name()));
   co_await stripes_.lock_range(g0, g1);
-  Status s = fail(why);
-  bool got = false;
+  MemberPtr source;
+  Status s = co_await read_any(ctx, offset, copy.data(), length, &source);
+  stripes_.unlock_range(g0, g1);
+  if (s) copy_to_iov(iov, 0, copy.data(), length);
+  co_return co_await settle(std::move(s));
+}
+
+// Under the locks: the range from whichever member has it, in pieces where no single one has all of it. What a member
+// could not read it gets back from the one that could; a member that refuses even that is faulty.
+// *source: who had it, null when it came in pieces.
+Task<Status> Mirror::read_any(IoContext ctx, uint64_t offset, std::byte* to, uint64_t length, MemberPtr* source) {
+  const uint64_t end = offset + length;
+  const bool doubtful = needs_sync(offset) || needs_sync(end - 1);
+  std::vector<MemberPtr> unreadable;
+  Status s = failed_error();
+  source->reset();
   for (const auto& m : table().slots) {
-    if (!m || m == failed || !m->in_use(end)) continue;
-    if (needs_sync(offset) && failed->state.load() == MemberState::kActive && m->slot < failed->slot) continue;
-    s = co_await m->volume->read(ctx, m->data_offset() + offset, iov);
+    if (!m || !m->in_use(end)) continue;
+    s = co_await member_read(*m, ctx, offset, to, length);
     if (s) {
-      got = true;
+      *source = m;
       break;
     }
+    unreadable.push_back(m);
+    if (doubtful) break;  // only the first one counts here
   }
-  if (got && !read_only_open() && failed->state.load() == MemberState::kActive) {
-    AlignedBuffer copy(length);
-    bool fixed = false;
-    if (copy) {
-      copy_from_iov(copy.data(), iov, 0, length);
-      Status w = co_await begin_write(offset, end);
-      if (w) {
-        w = co_await member_write(*failed, ctx, offset, copy.data(), length);
-        if (w) w = co_await member_read(*failed, ctx, offset, copy.data(), length);
-        end_write(offset, end);
-      }
-      fixed = w.has_value();
-    }
-    if (fixed) {
-      failed->read_errors.fetch_add(1);
-      LOG_LIMITED(LogLevel::kWarn, "volume", "volume {}: member {}: read error at {} corrected", name(), failed->name, offset);
+  if (!s && length > kPageSize) {
+    const uint64_t half = align_up(length / 2, kPageSize);
+    s = co_await read_any(ctx, offset, to, half, source);
+    if (s) s = co_await read_any(ctx, offset + half, to + half, length - half, source);
+    source->reset();
+    co_return s;
+  }
+  if (!s || read_only_open()) co_return s;
+  for (const auto& m : unreadable) {
+    if (m->state.load() != MemberState::kActive) continue;
+    AlignedBuffer check(length);
+    if (!check) break;
+    Status w = co_await begin_write(offset, end);
+    if (!w) break;
+    w = co_await member_write(*m, ctx, offset, to, length);
+    if (w) w = co_await member_read(*m, ctx, offset, check.data(), length);
+    end_write(offset, end);
+    if (w) {
+      m->read_errors.fetch_add(1);
+      LOG_LIMITED(LogLevel::kWarn, "volume", "volume {}: member {}: read error at {} corrected", name(), m->name, offset);
     } else {
-      note_fault(*failed, why);
+      note_fault(*m, w.error());
     }
   }
-  stripes_.unlock_range(g0, g1);
-  co_return co_await settle(std::move(s));
+  co_return Status{};
 }
 
 // Runs `op` on every member in use for [.., end) side by side. A member that fails is faulty when the rest can do
@@ -230,30 +251,25 @@ Task<Result<uint64_t>> Mirror::sync_step(Sync kind, MemberPtr target, uint64_t o
   const uint64_t end = offset + length, g0 = offset / kGranule, g1 = (end - 1) / kGranule;
   co_await stripes_.lock_range(g0, g1);
   uint64_t differ = 0;
-  const iovec v{good.data(), length};
   MemberPtr source;
-  Status s = failed_error();
-  for (const auto& m : table().slots) {
-    if (!m || m == target || !m->in_use(end)) continue;
-    source = m;
-    s = co_await m->volume->read(ctx, m->data_offset() + offset, Iov(&v, 1));
-    if (s) break;
-    if (active_members() > 1) note_fault(*m, s.error());  // both copies of a range in doubt: no other to correct from
-  }
+  Status s = co_await read_any(ctx, offset, good.data(), length, &source);
   for (const auto& m : table().slots) {
     if (!s) break;
-    if (!m || m == source) continue;
+    if (!m || m == source || (m == target && kind != Sync::kRebuild)) continue;
     if (kind == Sync::kRebuild ? m != target : !m->in_use(end)) continue;
-    bool same = false;
+    bool readable = false, same = false;
     if (kind != Sync::kRebuild) {
       Status r = co_await member_read(*m, ctx, offset, other.data(), length);
-      if (r)
-        for (uint64_t i = 0; i < length; i += kSectorSize)
-          if (std::memcmp(good.data() + i, other.data() + i, kSectorSize) != 0) ++differ;
-      same = r && differ == 0;
+      readable = r.has_value();
+      uint64_t here = 0;
+      for (uint64_t i = 0; readable && i < length; i += kSectorSize)
+        here += std::memcmp(good.data() + i, other.data() + i, kSectorSize) != 0;
+      same = readable && here == 0;
+      differ += here;
     }
-    if (same || kind == Sync::kCheck) continue;
+    if (same || (kind == Sync::kCheck && readable)) continue;
     Status w = co_await member_write(*m, ctx, offset, good.data(), length);
+    if (w && !readable && kind != Sync::kRebuild) m->read_errors.fetch_add(1);
     if (!w) {
       note_fault(*m, w.error());
       if (m == target) s = std::move(w);

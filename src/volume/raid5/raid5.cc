@@ -284,6 +284,12 @@ Task<Status> Raid5::read_locked(IoContext ctx, uint64_t row, uint32_t disk, uint
   Error why = std::move(s).error();
   if (needs_sync(at)) co_return fail(std::move(why));  // the parity is not to be trusted here
   s = co_await reconstruct(ctx, row, disk, lo, hi, to);
+  if (!s && hi - lo > kPageSize) {  // bad sectors of two members in one row, at different places
+    const uint64_t mid = lo + align_up((hi - lo) / 2, kPageSize);
+    s = co_await read_locked(ctx, row, disk, lo, mid, to);
+    if (s) s = co_await read_locked(ctx, row, disk, mid, hi, to + (mid - lo));
+    co_return s;
+  }
   if (!s) co_return fail(std::move(why));
   if (read_only_open()) co_return Status{};
   // Written back and read again; a member that cannot even do that is faulty.
@@ -712,7 +718,7 @@ Task<Result<uint64_t>> replay_ppl(const Raid5Init& init) {
   uint64_t replayed = 0;
   for (uint32_t slot = 0; slot < init.array.slots.size(); ++slot) {
     const MemberPtr& m = init.array.slots[slot];
-    if (!m || m->state.load() != MemberState::kActive) continue;
+    if (!m || m->state.load() == MemberState::kFaulty) continue;
     auto r = co_await replay_member(init, slot);
     if (!r) co_return r;
     replayed += *r;
