@@ -581,7 +581,8 @@ Status Session::get_inflight(Incoming& in, Reply& reply, Dirty& dirty) {
   if (in_use && !fits) return fail(ErrorKind::kInvalid, "in-flight log asked for while rings run");
   if (!in_use) SPILLWAY_CHECK(make_inflight(want->queues, want->queue_size));
   reply.set(inflight_);
-  reply.payload.resize(20);
+  // QEMU counts the structure's tail padding (24 bytes) and insists on its own size; others send the bare 20.
+  reply.payload.resize(std::min<size_t>(in.head.size, sizeof(Inflight)));
   reply.fd = inflight_fd_.get();
   dirty.inflight = true;
   return {};
