@@ -59,7 +59,7 @@ struct alignas(64) Shard {
 };
 
 /// Rare events; one line for all threads.
-struct alignas(64) RareStats {  // also makes the structure end on a line, so that shards can follow
+struct alignas(64) RareStats {
   std::atomic<std::uint64_t> busy{0}, stops{0}, empties{0}, throws{0}, misreports{0}, overruns{0};
   std::atomic<std::uint64_t> skipped{0}, time_max_ns{0};
   std::atomic<std::uint8_t> last_status{0};
@@ -80,8 +80,8 @@ struct ShrinkerGate : RcuObject<ShrinkerGate, RecycleGate> {
   Registry::Impl* reg = nullptr;
   ShrinkerImpl* body = nullptr;  // valid for whoever holds a reference
   std::uint32_t id = 0;
-  ShrinkerFlags flags = ShrinkerFlags::kNone;
-  unsigned nshards = 0;
+  std::uint16_t flags = 0;  // ShrinkerFlags
+  std::uint16_t nshards = 0;
 
   // Completion: shards whose initial reference is not yet gone; the last put of the last one sets
   // `done` and wakes whoever is kWaiting. kOrphan instead of a waiter: the last put finishes the free.
@@ -90,7 +90,7 @@ struct ShrinkerGate : RcuObject<ShrinkerGate, RecycleGate> {
   Atomic<std::uint32_t> done{kOpen};
   RefShard* shards() noexcept { return reinterpret_cast<RefShard*>(reinterpret_cast<char*>(this) + kHead); }
 
-  static constexpr std::size_t kHead = 128;  // sizeof(*this) rounded up to lines; checked in shrinker.cc
+  static constexpr std::size_t kHead = 64;  // one line; checked in shrinker.cc
   static constexpr std::size_t block_size(unsigned nshards) noexcept { return kHead + nshards * sizeof(RefShard); }
 
   bool try_get(unsigned shard) noexcept;
@@ -99,8 +99,10 @@ struct ShrinkerGate : RcuObject<ShrinkerGate, RecycleGate> {
   void wait_done() noexcept;
 };
 
-/// One block of memory: the structure with its first name, then its statistics.
-struct ShrinkerImpl {
+/// One block of memory: the structure with its first name, then rare statistics, then shards. Statistics
+/// are zero in a new block and cleaned when a block that was visited is dropped, so a shrinker that no walk
+/// ever met costs nothing for them.
+struct alignas(64) ShrinkerImpl {
   ~ShrinkerImpl();
 
   // Written between alloc and register_ by the owner, read-only afterwards; published by the
@@ -115,9 +117,11 @@ struct ShrinkerImpl {
   CountFn count;
   ScanFn scan;
   void* private_data = nullptr;
+  RareStats* rare = nullptr;
   Shard* shards = nullptr;
   unsigned nshards = 0;
   bool registered = false;  // owner only: what free has to undo (S1)
+  std::atomic<bool> visited{false};
 
   RcuPtr<NameText> name;
   NameText first_name;
@@ -125,10 +129,9 @@ struct ShrinkerImpl {
   // Health.
   std::atomic<std::int64_t> quarantined_until_ns{0};
   std::atomic<std::uint32_t> strikes{0}, quarantines{0};
-  RareStats rare;
 
   static constexpr std::size_t block_size(unsigned nshards) noexcept {
-    return sizeof(ShrinkerImpl) + nshards * sizeof(Shard);
+    return sizeof(ShrinkerImpl) + sizeof(RareStats) + nshards * sizeof(Shard);
   }
   std::string label() const;
 };

@@ -43,7 +43,7 @@ ShrinkerStats collect(const ShrinkerImpl& s, std::int64_t now) {
     }
   }
   for (const auto n : o.latency) o.count_calls += n;
-  const RareStats& r = s.rare;
+  const RareStats& r = *s.rare;
   o.busy = r.busy.load(kRelaxed);
   o.stops = r.stops.load(kRelaxed);
   o.empties = r.empties.load(kRelaxed);
@@ -105,10 +105,11 @@ std::vector<CountRow> Registry::counts(std::uint32_t id) {
         q.private_data = s->private_data;
         CallFrame frame{impl_.get(), &*s, nullptr};
         CallFrame* outer = std::exchange(t_frame, &frame);
+        s->visited.store(true, kRelaxed);
         try {
           c = s->count(q);
         } catch (...) {
-          s->rare.throws.fetch_add(1, kRelaxed);
+          s->rare->throws.fetch_add(1, kRelaxed);
         }
         t_frame = outer;
       }

@@ -30,7 +30,7 @@ namespace spillway::reclaim {
 thread_local CallFrame* t_frame = nullptr;
 
 static_assert(sizeof(ShrinkerGate) <= ShrinkerGate::kHead);
-static_assert(sizeof(ShrinkerImpl) % alignof(Shard) == 0);
+static_assert(sizeof(ShrinkerImpl) % alignof(Shard) == 0 && sizeof(RareStats) % alignof(Shard) == 0);
 
 ShrinkerImpl::~ShrinkerImpl() {
   NameText* n = name.load();
@@ -44,6 +44,14 @@ constexpr bool kRecycle = false;  // the tests want to see a use after free
 #else
 constexpr bool kRecycle = true;
 #endif
+
+namespace {
+void new_stats(void* body, unsigned n) noexcept {
+  auto* rare = new (static_cast<char*>(body) + sizeof(ShrinkerImpl)) RareStats();
+  auto* shards = reinterpret_cast<Shard*>(rare + 1);
+  for (unsigned i = 0; i < n; ++i) new (&shards[i]) Shard();
+}
+}  // namespace
 
 ShrinkerImpl* Registry::Impl::make_shrinker() noexcept {
   void *gate = nullptr, *body = nullptr;
@@ -61,7 +69,7 @@ ShrinkerImpl* Registry::Impl::make_shrinker() noexcept {
   }
   const unsigned n = opt.ref_shards;
   if (gate == nullptr) gate = allocate(ShrinkerGate::block_size(n));
-  if (body == nullptr) body = allocate(ShrinkerImpl::block_size(n));
+  if (body == nullptr && (body = allocate(ShrinkerImpl::block_size(n))) != nullptr) new_stats(body, n);
   if (gate == nullptr || body == nullptr) {
     if (gate != nullptr) release(gate, ShrinkerGate::block_size(n));
     if (body != nullptr) release(body, ShrinkerImpl::block_size(n));
@@ -72,15 +80,17 @@ ShrinkerImpl* Registry::Impl::make_shrinker() noexcept {
   g->reg = s->reg = this;
   g->body = s;
   s->gate = g;
-  g->nshards = s->nshards = n;
+  s->nshards = n;
+  g->nshards = static_cast<std::uint16_t>(n);
   for (unsigned i = 0; i < n; ++i) new (&g->shards()[i]) RefShard();
-  s->shards = reinterpret_cast<Shard*>(static_cast<char*>(body) + sizeof(ShrinkerImpl));
-  for (unsigned i = 0; i < n; ++i) new (&s->shards[i]) Shard();
+  s->rare = reinterpret_cast<RareStats*>(static_cast<char*>(body) + sizeof(ShrinkerImpl));
+  s->shards = reinterpret_cast<Shard*>(s->rare + 1);
   s->name.store(&s->first_name);
   return s;
 }
 
 void Registry::Impl::drop_body(ShrinkerImpl* s) noexcept {
+  if (kRecycle && s->visited.load(std::memory_order_relaxed)) new_stats(s, s->nshards);
   s->~ShrinkerImpl();
   {
     Lock lock(blocks_mutex);
@@ -247,7 +257,8 @@ Shrinker Registry::alloc(ShrinkerFlags flags, std::string_view name, Errc* why) 
   if (why != nullptr) *why = Errc::kOk;
   ShrinkerImpl* s = impl_->make_shrinker();
   if (s == nullptr) return fail(Errc::kNoMemory);
-  s->flags = s->gate->flags = flags;
+  s->flags = flags;
+  s->gate->flags = static_cast<std::uint16_t>(flags);
   s->budget_ns = impl_->opt.time_budget.count();
   copy_name(s->first_name.text, name);
   const Errc e = impl_->ids.insert(*s);
@@ -341,8 +352,9 @@ void Registry::set_bit(std::uint32_t id, MemoryGroup& group, int node) noexcept 
     RcuGuard guard;
     const ShrinkerGate* s = impl_->ids.lookup(id);
     if (s == nullptr) return;
-    all_groups = has(s->flags, ShrinkerFlags::kGroupAware);
-    all_nodes = has(s->flags, ShrinkerFlags::kNumaAware);
+    const auto flags = static_cast<ShrinkerFlags>(s->flags);
+    all_groups = has(flags, ShrinkerFlags::kGroupAware);
+    all_nodes = has(flags, ShrinkerFlags::kNumaAware);
   }
   impl_->set_bit(all_groups ? group : *impl_->root, all_nodes && node >= 0 && node < impl_->opt.nodes ? node : 0, id);
 }

@@ -36,7 +36,7 @@ void bump(std::atomic<std::uint64_t>& a, std::uint64_t n) noexcept {
 void note(Pass& p, ShrinkerImpl& s, NotFreed why, std::uint64_t n) noexcept {
   if (n == 0) return;
   p.out.not_freed[static_cast<std::size_t>(why)] += n;
-  s.rare.not_freed[static_cast<std::size_t>(why)].fetch_add(n, kRelaxed);
+  s.rare->not_freed[static_cast<std::size_t>(why)].fetch_add(n, kRelaxed);
 }
 }  // namespace
 
@@ -213,7 +213,7 @@ void Pass::finish_call(ShrinkerImpl& s, std::int64_t elapsed, bool threw) noexce
     }
     return;
   }
-  if (elapsed > s.budget_ns) s.rare.overruns.fetch_add(1, kRelaxed);
+  if (elapsed > s.budget_ns) s.rare->overruns.fetch_add(1, kRelaxed);
   const std::uint32_t strikes = s.strikes.fetch_add(1, kRelaxed) + 1;
   if (strikes < reg.opt.quarantine_after) return;
   const std::uint32_t again = std::min(s.quarantines.fetch_add(1, kRelaxed), 6u);
@@ -225,13 +225,14 @@ void Pass::finish_call(ShrinkerImpl& s, std::int64_t elapsed, bool threw) noexce
 /// True: nothing at all here (SHRINK_EMPTY).
 bool Pass::shrink(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node) noexcept {
   ++out.shrinkers;
+  if (!s.visited.load(kRelaxed)) s.visited.store(true, kRelaxed);
   const std::uint64_t key = call_key(s.id, g.id(), node);
   reg.watch(now);
   if (req.reason != Reason::kManual) {
     const bool suspect = s.strikes.load(kRelaxed) != 0;
     if (s.quarantined_until_ns.load(kRelaxed) > now ||
         ((suspect || reg.stuck_count.load(kRelaxed) != 0) && reg.is_stuck(key, suspect, rec))) {
-      s.rare.skipped.fetch_add(1, kRelaxed);
+      s.rare->skipped.fetch_add(1, kRelaxed);
       note(*this, s, NotFreed::kSkipped, 1);
       return false;
     }
@@ -311,26 +312,26 @@ bool Pass::shrink(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node) noe
   const auto bucket = std::bit_width(static_cast<std::uint64_t>(std::max<std::int64_t>(elapsed, 64)) / 64) - 1;
   sh.latency[std::min<std::size_t>(static_cast<std::size_t>(bucket), sh.latency.size() - 1)].fetch_add(
       1, kRelaxed);
-  if (static_cast<std::uint64_t>(std::max<std::int64_t>(elapsed, 0)) > s.rare.time_max_ns.load(kRelaxed)) {
-    s.rare.time_max_ns.store(static_cast<std::uint64_t>(elapsed), kRelaxed);
+  if (static_cast<std::uint64_t>(std::max<std::int64_t>(elapsed, 0)) > s.rare->time_max_ns.load(kRelaxed)) {
+    s.rare->time_max_ns.store(static_cast<std::uint64_t>(elapsed), kRelaxed);
   }
   note(*this, s, NotFreed::kPinned, c.pinned_bytes);
   if (threw) {
-    s.rare.throws.fetch_add(1, kRelaxed);
+    s.rare->throws.fetch_add(1, kRelaxed);
     reg.diag(Severity::kError, "throw", &s, "a callback threw; taken as stop");
   }
-  if (lied && s.rare.misreports.fetch_add(1, kRelaxed) == 0) {
+  if (lied && s.rare->misreports.fetch_add(1, kRelaxed) == 0) {
     reg.diag(Severity::kWarning, "misreport", &s, "scan reported more than it was asked or than there was");
   }
-  if (c.is_empty) s.rare.empties.fetch_add(1, kRelaxed);
+  if (c.is_empty) s.rare->empties.fetch_add(1, kRelaxed);
   if (calls != 0) {
     const ScanStatus seen = last.scanned == 0 && last.status == ScanStatus::kProgress ? ScanStatus::kBusy
                                                                                       : last.status;
-    if (s.rare.last_status.load(kRelaxed) != static_cast<std::uint8_t>(seen)) {
-      s.rare.last_status.store(static_cast<std::uint8_t>(seen), kRelaxed);
+    if (s.rare->last_status.load(kRelaxed) != static_cast<std::uint8_t>(seen)) {
+      s.rare->last_status.store(static_cast<std::uint8_t>(seen), kRelaxed);
     }
-    if (seen == ScanStatus::kBusy) s.rare.busy.fetch_add(1, kRelaxed);
-    if (seen == ScanStatus::kStop) s.rare.stops.fetch_add(1, kRelaxed);
+    if (seen == ScanStatus::kBusy) s.rare->busy.fetch_add(1, kRelaxed);
+    if (seen == ScanStatus::kStop) s.rare->stops.fetch_add(1, kRelaxed);
     if (refused) note(*this, s, NotFreed::kStopped, 1);
     TraceEvent e;
     e.when = TimePoint(Nanoseconds(start));
@@ -660,12 +661,13 @@ Errc Registry::scan(std::uint32_t id, MemoryGroup& group, int node, std::uint64_
   q.private_data = s->private_data;
   bool threw = false;
   ScanReport report;
+  s->visited.store(true, kRelaxed);
   {
     Inside inside(pass, *s, call_key(id, group.id(), node));
     report = call_scan(*s, q, threw);
   }
   impl_->give_record(rec);
-  if (threw) s->rare.throws.fetch_add(1, kRelaxed);
+  if (threw) s->rare->throws.fetch_add(1, kRelaxed);
   Shard& sh = s->shards[s.shard()];
   bump(sh.scan_calls, 1);
   bump(sh.scanned, report.scanned);
