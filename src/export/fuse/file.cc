@@ -197,7 +197,29 @@ std::chrono::nanoseconds PmemFile::stalled() const {
 
 Status PmemFile::sync() {
   if (options_.read_only) return {};
-  if (::fdatasync(fd_.get()) != 0) return fail_errno(errno, fmt::format("pmem {}: fdatasync", name()));
+  if (!sync_agent_) return fail(ErrorKind::kCanceled, fmt::format("pmem {}: sync: stopped", name()));
+  auto r = sync_agent_->call(fuse::Agent::Op::kSync, 0, 0);
+  if (!r) return fail(std::move(r).error().with_context(fmt::format("pmem {}: sync", name())));
+  return {};
+}
+
+void PmemFile::attach(Fd fd, int channel) {
+  fd_ = std::move(fd);
+  sync_agent_ = std::make_unique<fuse::Agent>(fd_.get(), -1);
+  evict_agent_ = std::make_unique<fuse::Agent>(fd_.get(), options_.read_only ? channel : -1);
+}
+
+void PmemFile::detach() {
+  if (sync_agent_) sync_agent_->close();
+  if (evict_agent_) evict_agent_->close();
+  fd_.reset();
+}
+
+Status PmemFile::punch_hole(uint64_t offset, uint64_t length) {
+  if (options_.read_only) return fail(ErrorKind::kReadOnly, fmt::format("pmem {}: punch", name()));
+  if (!evict_agent_) return fail(ErrorKind::kCanceled, fmt::format("pmem {}: punch: stopped", name()));
+  auto r = evict_agent_->call(fuse::Agent::Op::kPunch, offset, length);
+  if (!r) return fail(std::move(r).error().with_context(fmt::format("pmem {}: punch", name())));
   return {};
 }
 
@@ -251,24 +273,14 @@ static std::vector<iovec> mapped_ranges(pid_t pid, const struct stat& st, uint64
   return out;
 }
 
-bool PmemFile::page_out(pid_t pid, uint64_t offset, uint64_t length) const {
+bool PmemFile::page_out(pid_t pid, uint64_t offset, uint64_t length) {
   struct stat st{};
   if (::fstat(fd_.get(), &st) != 0) return true;
-  std::vector<iovec> ranges = mapped_ranges(pid, st, offset, length);
-  if (ranges.empty()) return true;
-  Fd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
-  if (!pidfd) return errno == ESRCH;
-  for (iovec range : ranges) {
-    while (range.iov_len > 0) {
-      const long done = ::syscall(SYS_process_madvise, pidfd.get(), &range, 1, MADV_PAGEOUT, 0);
-      if (done <= 0) {
-        if (done < 0 && errno == EINTR) continue;
-        if (done < 0 && (errno == EPERM || errno == EACCES || errno == ENOSYS)) return false;
-        break;  // unmapped meanwhile, or the process ended
-      }
-      range.iov_base = static_cast<char*>(range.iov_base) + done;
-      range.iov_len -= static_cast<size_t>(done);
-    }
+  const std::vector<iovec> all = mapped_ranges(pid, st, offset, length);
+  for (size_t i = 0; i < all.size(); i += fuse::Agent::kMaxRanges) {
+    const std::span<const iovec> some(all.data() + i, std::min(fuse::Agent::kMaxRanges, all.size() - i));
+    const auto r = evict_agent_->call(fuse::Agent::Op::kPageOut, 0, 0, pid, some);
+    if (!r && r.error().to_errno() != ESRCH) return false;
   }
   return true;
 }
@@ -282,19 +294,20 @@ Result<PmemFile::Evicted> PmemFile::evict(uint64_t offset, uint64_t length) {
   Evicted e;
   e.before = before.cached;
   if (before.cached == 0) return e;
-  if (options_.read_only && invalidate_) {
+  if (!evict_agent_) return fail(ErrorKind::kCanceled, fmt::format("pmem {}: evict: stopped", name()));
+  if (options_.read_only) {
     // Nothing is dirty and nothing can be a DMA target; PAGEOUT would skip pages that several guests map.
-    SPILLWAY_CHECK(invalidate_(offset, length));
+    auto r = evict_agent_->call(fuse::Agent::Op::kInvalidate, offset, length, static_cast<int64_t>(node_));
+    if (!r) return std::unexpected(std::move(r).error());
   } else {
     if (before.dirty + before.writeback != 0) {
       // Large sequential writes first; PAGEOUT alone would leave dirty pages, an invalidation writes them one by one.
-      if (::sync_file_range(fd_.get(), static_cast<off64_t>(offset), static_cast<off64_t>(length),
-                            SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER) != 0)
-        return fail_errno(errno, fmt::format("pmem {}: write back before eviction", name()));
+      auto r = evict_agent_->call(fuse::Agent::Op::kWriteBack, offset, length);
+      if (!r) return fail(std::move(r).error().with_context(fmt::format("pmem {}: write back", name())));
       e.written = before.dirty;
     }
     for (pid_t pid : mappers()) e.remote_refused |= !page_out(pid, offset, length);
-    ::posix_fadvise(fd_.get(), static_cast<off_t>(offset), static_cast<off_t>(length), POSIX_FADV_DONTNEED);
+    (void)evict_agent_->call(fuse::Agent::Op::kDrop, offset, length);
   }
   SPILLWAY_TRY(const Residency after, residency(offset, length));
   e.freed = before.cached - std::min(after.cached, before.cached);

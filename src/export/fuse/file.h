@@ -2,7 +2,8 @@
 //
 // Two sides that must not mix threads (research/pmem.md, pitfall 3 and rule 4):
 //   served   read, write, flush, punch: called by the FUSE workers, go down to the volume, never touch the file;
-//   used     fd, sync, residency, evict: called by anybody else, go through the kernel, and may wait for the workers.
+//   used     fd, sync, residency, evict: called by anybody else, go through the kernel; what may wait for the workers
+//            is done by an agent process (agent.h), so that this process can be killed at any time.
 //
 // How long a page stays is the kernel's business; nothing here counts pages (rule 9): residency() asks cachestat.
 //
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "src/base/fd.h"
+#include "src/export/fuse/agent.h"
 #include "src/export/pmem_backing.h"
 #include "src/io/sync.h"
 #include "src/volume/volume.h"
@@ -73,6 +75,8 @@ class PmemFile final : public PmemBacking {
   // Writes back and takes [offset, offset + length) (page multiples) away from page tables and page cache. Loses no
   // store and no DMA: a writable file never uses notify_inval.
   Result<Evicted> evict(uint64_t offset, uint64_t length);
+  // Punches a hole: the pages go from mappings and page cache, the space from the volume (P7).
+  Status punch_hole(uint64_t offset, uint64_t length);
   // One turn of the hand: looks at up to `chunks` chunks and evicts the cold ones until `want` bytes went.
   struct Turn {
     uint64_t chunks = 0, warm = 0, freed = 0, written = 0;
@@ -95,12 +99,10 @@ class PmemFile final : public PmemBacking {
   std::string to_text() const;
 
   // ---- the mount's own ----
-  void attach(Fd fd) { fd_ = std::move(fd); }
+  void attach(Fd fd, int channel);
   bool fd_ready() const { return bool(fd_); }  // false until the mount has opened it
-  using Invalidate = std::function<Status(uint64_t offset, uint64_t length)>;
-  void set_invalidate(Invalidate fn) { invalidate_ = std::move(fn); }
   void request_held(bool held);  // one more, or one less, waits for its next try
-  void detach() { fd_.reset(); invalidate_ = nullptr; }
+  void detach();
 
  private:
   struct Chunk {
@@ -114,13 +116,14 @@ class PmemFile final : public PmemBacking {
   void note_fault(uint64_t offset, uint64_t length);
   std::vector<pid_t> mappers() const;
   // Asks the kernel to take pages [offset, offset+length) out of the page tables of `pid`. False: not permitted.
-  bool page_out(pid_t pid, uint64_t offset, uint64_t length) const;
+  bool page_out(pid_t pid, uint64_t offset, uint64_t length);
 
   const PmemFileOptions options_;
   const uint64_t size_;
   const uint64_t node_;
   Fd fd_;
-  Invalidate invalidate_;
+  // Two, so that a flush that waits for a failing backend does not stop eviction, nor the other way round.
+  std::unique_ptr<fuse::Agent> sync_agent_, evict_agent_;
   AsyncMutex unaligned_;  // read-modify-write of blocks that a request covers in part
   mutable std::mutex mutex_;
   std::multiset<pid_t> mappers_;

@@ -247,12 +247,7 @@ Result<std::shared_ptr<PmemFile>> PmemMount::add(PmemFileOptions o) {
       remove(name);
       return fail_errno(err, "pmem: open " + path);
     }
-    file->attach(std::move(fd));
-    const uint64_t node = file->node();
-    if (file->read_only())
-      file->set_invalidate([this, node](uint64_t offset, uint64_t length) {
-        return channel_.notify_inval(node, offset, length);
-      });
+    file->attach(std::move(fd), channel_.fd());
   }
   return file;
 }
