@@ -132,6 +132,7 @@ class Qcow2Image final : public Volume {
   Run lookup_standard(Slice* s, uint64_t offset, uint64_t length) const;
   Run lookup_extended(Slice* s, uint64_t offset, uint64_t length) const;
   Run classify(uint64_t entry, uint64_t in_cluster) const;
+  Task<Result<Run>> map_run_slow(uint64_t offset, uint64_t length);
   Task<Status> finish(Task<Status> io, InFlight::Ticket ticket);
   Task<Status> read_slow(IoContext ctx, uint64_t offset, Iov iov, uint64_t length);
   Task<Status> read_part(IoContext ctx, Run run, uint64_t offset, Iov iov, uint64_t skip);

@@ -136,20 +136,25 @@ Status Qcow2Image::bad_entry(uint64_t offset) const {
                                                align_down(offset, cluster_size_)));
 }
 
+// No coroutine for what is in memory.
 Task<Result<Qcow2Image::Run>> Qcow2Image::map_run(uint64_t offset, uint64_t length) {
-  for (;;) {
-    {
-      Entered in(in_flight_);
-      const Run r = lookup(offset, length);
-      if (r.kind == Kind::kBad) {
-        Status s = bad_entry(offset);
-        co_return std::unexpected(std::move(s).error());
-      }
-      if (r.kind != Kind::kMiss) co_return r;
-      const IoContext ctx = metadata(IoContext{});
-      SPILLWAY_CO_TRY(SlicePin pin, co_await l2_->get(ctx, slice_of(offset >> cluster_bits_)));
-    }
+  const Run r = lookup(offset, length);
+  if (r.kind == Kind::kMiss) return map_run_slow(offset, length);
+  if (r.kind == Kind::kBad) return Task<Result<Run>>::ready(std::unexpected(std::move(bad_entry(offset)).error()));
+  return Task<Result<Run>>::ready(r);
+}
+
+Task<Result<Qcow2Image::Run>> Qcow2Image::map_run_slow(uint64_t offset, uint64_t length) {
+  Entered in(in_flight_);
+  const IoContext ctx = metadata(IoContext{});
+  SPILLWAY_CO_TRY(SlicePin pin, co_await l2_->get(ctx, slice_of(offset >> cluster_bits_)));
+  // Pinned: the lookup finds it.
+  const Run r = lookup(offset, length);
+  if (r.kind == Kind::kBad) {
+    Status s = bad_entry(offset);
+    co_return std::unexpected(std::move(s).error());
   }
+  co_return r;
 }
 
 Task<Status> Qcow2Image::finish(Task<Status> io, InFlight::Ticket ticket) {
