@@ -473,10 +473,44 @@ void Cache::Impl::join_view(Leaf& leaf, unsigned, FrameId f, Tenant& t) {
   }
 }
 
+std::pair<ViewChunk*, unsigned> Cache::Impl::victim_of(ViewList& list) {
+  if (mutant == Mutant::kEvictFewestViews)
+    for (uint64_t k = 0; k < list.chunks(); ++k)
+      for (unsigned i = 0; i < kLeafPages; ++i) {
+        ViewChunk* c = list.chunk_at(k);
+        const FrameId f = c->leaf->at(i);
+        if ((c->get(i) & (page_state::kPresent | page_state::kLoading)) == page_state::kPresent && f != kNoFrame &&
+            store->frame(f).views == 1)
+          return {c, i};
+      }
+  return list.victim();
+}
+
+void Cache::Impl::forget_view(Tenant& t) {
+  for (int i = 0; i < numa; ++i) {
+    ViewList& list = t.lists[static_cast<size_t>(i)];
+    uint64_t gone = 0;
+    {
+      std::lock_guard guard(list.lock);
+      gone = evict(t, list, list.pages());
+      while (ViewChunk* c = list.any_chunk()) {
+        Leaf* leaf = c->leaf;
+        leaf->lock.lock();
+        leaf->set_chunk(c->slot, nullptr);
+        list.remove_chunk(c);
+        c->retire();
+        leaf->node->index.unlock(leaf);
+      }
+      list.reset();
+    }
+    uncharge(t, i, gone);
+  }
+}
+
 uint64_t Cache::Impl::evict(Tenant& t, ViewList& list, uint64_t n) {
   uint64_t gone = 0;
   while (gone < n) {
-    auto [c, i] = list.victim();
+    auto [c, i] = victim_of(list);
     if (c == nullptr) break;
     Leaf* leaf = c->leaf;
     leaf->lock.lock();  // not dead: it has this chunk
@@ -767,15 +801,7 @@ void Cache::Impl::group_offline(reclaim::MemoryGroup& child, reclaim::MemoryGrou
   // Later requests with the old number bind anew; ids are reused, serials are not.
   for (auto& v : volumes) static_cast<FilterVolume&>(*v).unbind(static_cast<GroupId>(child.id()));
   if (t == nullptr) return;
-  for (int i = 0; i < numa; ++i) {
-    ViewList& list = t->lists[static_cast<size_t>(i)];
-    uint64_t gone = 0;
-    {
-      std::lock_guard guard(list.lock);
-      gone = evict(*t, list, list.pages());
-    }
-    uncharge(*t, i, gone);
-  }
+  forget_view(*t);
   punch_if_many();
 }
 

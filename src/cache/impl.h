@@ -163,6 +163,8 @@ struct Cache::Impl final : reclaim::GroupObserver {
   uint64_t evict(Tenant& t, ViewList& list, uint64_t n);                    // list; pages let go
   void drop_view(Leaf& leaf, unsigned i, FrameId f, Tenant& t);             // leaf
   void settle(Leaf& leaf, unsigned i, FrameId f);                           // leaf; after dirty/writeback/writers fell
+  void forget_view(Tenant& t);            // all of it, order and ghosts too
+  std::pair<ViewChunk*, unsigned> victim_of(ViewList& list);                // list; the policy, or a mutant of it
   void release_dead_chunks(ViewList& list);                                 // list
   ViewChunk* chunk_of(Leaf& leaf, uint32_t slot, ViewList& list);           // list, leaf
   void install(Leaf& leaf, unsigned i, FrameId f);                          // leaf; frame private until then

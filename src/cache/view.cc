@@ -162,6 +162,13 @@ void ViewList::evicted(ViewChunk& c, unsigned i) {
   pages_.store(pages_.load(std::memory_order_relaxed) - 1, std::memory_order_relaxed);
 }
 
+void ViewList::reset() {
+  SPILLWAY_ASSERT(slots_.empty() && pages() == 0);
+  queue_[0] = queue_[1] = {};
+  ghost_gen_ = 0;
+  ghost_entered_ = 0;
+}
+
 void ViewList::consider_dead(ViewChunk* c) {
   if (dead_.size() >= 16) return;
   for (unsigned i = 0; i < kLeafPages; ++i)

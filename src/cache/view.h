@@ -109,6 +109,9 @@ class ViewList {
 
   // A chunk that a sweep found to hold neither pages nor ghosts worth keeping; nullptr when none waits.
   ViewChunk* take_dead();
+  // As new: order, ghosts and hands forgotten. All chunks must be off.
+  void reset();
+  ViewChunk* chunk_at(uint64_t k) { return slots_[k].chunk; }
   ViewChunk* any_chunk() { return slots_.empty() ? nullptr : slots_.back().chunk; }
 
  private:

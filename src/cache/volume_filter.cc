@@ -747,6 +747,23 @@ Task<Status> FilterVolume::write_around(IoContext ctx, uint64_t offset, Iov iov)
 
 // ---- discard, zeroes, status ---------------------------------------------------------------------------------------
 
+// Mutant only: what a discard must never do.
+void FilterVolume::drop_from_all(Leaf& leaf, unsigned i, FrameId f, const Binding& self) {
+  for (uint32_t slot = 0; slot < node_.views.size(); ++slot) {
+    ViewChunk* c = leaf.chunk(slot);
+    if (slot == self.slot || c == nullptr || (c->get(i) & page_state::kPresent) == 0 ||
+        (c->get(i) & page_state::kLoading) != 0)
+      continue;
+    Tenant& t = *node_.views[slot];
+    ViewList& list = t.lists[static_cast<size_t>(c_.numa_of(leaf.number))];
+    std::lock_guard guard(list.lock);
+    c_.drop_view(leaf, i, f, t);
+    list.remove(*c, i);
+    c_.uncharge(t, c_.numa_of(leaf.number), 1);
+    if (leaf.at(i) != f) return;
+  }
+}
+
 // Whole pages inside the range; the edges of a discard are left alone, those of write_zeroes are written.
 Task<Status> FilterVolume::do_discard(IoContext ctx, uint64_t offset, uint64_t length) {
   Status s = co_await lower_->discard(ctx, offset, length);
@@ -787,6 +804,8 @@ Task<Status> FilterVolume::do_discard(IoContext ctx, uint64_t offset, uint64_t l
         }
         if (leaf->at(i) != f || f == kNoFrame) continue;
         Frame& fr = c_.store->frame(f);
+        if (c_.mutant == Cache::Impl::Mutant::kDiscardDropsOthers) drop_from_all(*leaf, i, f, b);
+        if (leaf->at(i) != f) continue;
         if (fr.views == 0) {
           fr.dirty = false;
           c_.settle(*leaf, i, f);

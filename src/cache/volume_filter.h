@@ -108,6 +108,7 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   Task<Status> write_around(IoContext ctx, uint64_t offset, Iov iov);
   template <class Fn>
   void for_frames(uint64_t offset, uint64_t length, Fn fn);
+  void drop_from_all(Leaf& leaf, unsigned i, FrameId f, const Binding& self);
   Task<Status> settle_writeback(uint64_t offset, uint64_t length);
 
   Cache::Impl& c_;
