@@ -122,10 +122,14 @@ void Reactor::spawn(Task<void> task) {
 }
 
 void Reactor::add_poller(Poller* poller) { pollers_.push_back(poller); }
-void Reactor::remove_poller(Poller* poller) { std::erase(pollers_, poller); }
+void Reactor::remove_poller(Poller* poller) {
+  std::erase(pollers_, poller);
+  std::erase(expectant_, poller);
+}
 
 bool Reactor::release_pollers() {
   bool more = false;
+  expectant_ = pollers_;
   for (size_t i = pollers_.size(); i-- > 0;) {
     if (pollers_[i]->prepare_sleep()) {
       more = true;
@@ -190,6 +194,9 @@ constexpr uint64_t kWakeTag = 1;
 constexpr uint64_t kCancelTag = 2;
 constexpr uint64_t kMaxSpinNs = 60'000;  // about what waking an idle CPU costs on a virtual machine
 constexpr uint64_t kMinSpinNs = 4'000;
+constexpr uint64_t kLongGapNs = 5'000'000;  // no work is expected after longer gaps
+constexpr uint32_t kRegularGaps = 3;
+constexpr uint64_t kLeadNs = 150'000;       // awake so long before expected work: timer slack and waking up itself
 }  // namespace
 
 UringReactor::UringReactor() : ring_(std::make_unique<Ring>()) {}
@@ -367,21 +374,55 @@ void UringReactor::enter() {
     io_uring_submit_and_get_events(ring);
 }
 
-// Hybrid polling: while pollers are registered, spin for twice the usual gap between two pieces of work, if that gap is
-// shorter than waking up costs; otherwise sleep at once.
+// Hybrid polling. While pollers are registered: spin for twice the usual gap between two pieces of work, if that gap is
+// shorter than waking up costs; otherwise sleep at once. Gaps that are longer but regular (a guest that does one request a
+// millisecond): sleep until shortly before the next is due, then spin for it. One that does not come ends that, so that an
+// idle reactor sleeps for good.
 bool UringReactor::may_spin() {
   if (pollers_.empty()) return false;
   const uint64_t now = now_ns();
   if (idle_since_ns_ == 0) idle_since_ns_ = now;
+  if (spin_until_ns_ != 0) {
+    if (now < spin_until_ns_) return true;
+    spin_until_ns_ = 0;
+    regular_ = 0;
+    return false;
+  }
   if (gap_ns_ > kMaxSpinNs) return false;
   return now - idle_since_ns_ < std::clamp(2 * gap_ns_, kMinSpinNs, kMaxSpinNs);
 }
 
 void UringReactor::end_idle() {
   if (idle_since_ns_ == 0) return;
-  const uint64_t gap = std::min(now_ns() - idle_since_ns_, 8 * kMaxSpinNs);
-  gap_ns_ = (7 * gap_ns_ + gap) / 8;
-  idle_since_ns_ = 0;
+  const uint64_t gap = now_ns() - idle_since_ns_;
+  idle_since_ns_ = spin_until_ns_ = 0;
+  gap_ns_ = (7 * gap_ns_ + std::min(gap, 4 * kMaxSpinNs)) / 8;
+  if (gap <= kMaxSpinNs) return;
+  const uint64_t off = gap > long_gap_ns_ ? gap - long_gap_ns_ : long_gap_ns_ - gap;
+  if (gap > kLongGapNs) regular_ = 0;
+  else if (off < long_gap_ns_ / 4) ++regular_;
+  else regular_ /= 2;
+  long_gap_ns_ = regular_ == 0 ? gap : (3 * long_gap_ns_ + gap) / 4;
+}
+
+// When to be awake again for expected work; 0 = none is expected.
+uint64_t UringReactor::expected_ns() const {
+  if (regular_ < kRegularGaps || idle_since_ns_ == 0 || expectant_.empty()) return 0;
+  if (long_gap_ns_ < 2 * kLeadNs) return 0;
+  return idle_since_ns_ + long_gap_ns_ - kLeadNs;
+}
+
+void UringReactor::sleep(uint64_t until_ns) {
+  io_uring* ring = &ring_->ring;
+  if (until_ns == 0) {
+    io_uring_submit_and_wait(ring, 1);
+    return;
+  }
+  io_uring_cqe* cqe = nullptr;
+  const uint64_t now = now_ns();
+  const uint64_t wait = until_ns > now ? until_ns - now : 0;
+  __kernel_timespec ts{static_cast<int64_t>(wait / 1'000'000'000), static_cast<long long>(wait % 1'000'000'000)};
+  io_uring_submit_and_wait_timeout(ring, &cqe, 1, &ts, nullptr);
 }
 
 // One round. Order: messages, timers, ready coroutines, pollers, submission + completions. Sleeps only when all of these
@@ -417,20 +458,18 @@ void UringReactor::turn(bool may_sleep) {
   sleeping_.store(true, std::memory_order_seq_cst);
   bool more = inbox_.load(std::memory_order_seq_cst) != nullptr;
   if (!pollers_.empty()) more |= release_pollers();
+  const uint64_t expected = more ? 0 : expected_ns();
   if (!more) {
-    io_uring_cqe* cqe = nullptr;
-    if (timers_.empty()) {
-      io_uring_submit_and_wait(ring, 1);
-    } else {
-      const uint64_t now = now_ns(), until = timers_.top().deadline;
-      const uint64_t wait = until > now ? until - now : 0;
-      __kernel_timespec ts{static_cast<int64_t>(wait / 1'000'000'000),
-                           static_cast<long long>(wait % 1'000'000'000)};
-      io_uring_submit_and_wait_timeout(ring, &cqe, 1, &ts, nullptr);
-    }
+    uint64_t until = timers_.empty() ? 0 : timers_.top().deadline;
+    if (expected != 0 && (until == 0 || expected < until)) until = expected;
+    sleep(until);
   }
   sleeping_.store(false, std::memory_order_relaxed);
   reap();
+  if (expected != 0 && now_ns() >= expected && ready_.empty()) {
+    spin_until_ns_ = idle_since_ns_ + long_gap_ns_ + kLeadNs;
+    for (Poller* p : std::exchange(expectant_, {})) p->expect_work();
+  }
 }
 
 }  // namespace spillway

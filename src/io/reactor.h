@@ -69,6 +69,8 @@ class Poller {
   // Enable the own wake-up (operations submitted here are in the kernel before the sleep). False: it is no longer
   // registered and adds itself again when the wake-up fires. True: work arrived meanwhile, it stays.
   virtual bool prepare_sleep() = 0;
+  // Work is expected soon (it came at regular intervals so far): register again, or not.
+  virtual void expect_work() {}
 };
 
 // Intrusive node of a cross-thread message; `run` is called on the target reactor. Lives until then.
@@ -146,6 +148,7 @@ class Reactor {
   std::vector<std::coroutine_handle<>> ready_;
   std::vector<std::coroutine_handle<>> running_;
   std::vector<Poller*> pollers_;
+  std::vector<Poller*> expectant_;  // dropped before the last sleep
   // MPSC stack of messages: producers push with a release CAS (post), the loop takes all with an acquire
   // exchange (run_messages).
   alignas(64) std::atomic<Message*> inbox_{nullptr};
@@ -218,6 +221,8 @@ class UringReactor final : public Reactor {
   void enter();
   bool may_spin();
   void end_idle();
+  uint64_t expected_ns() const;
+  void sleep(uint64_t until_ns);
   bool fire_timers();
   void arm_wakeup();
 
@@ -229,7 +234,10 @@ class UringReactor final : public Reactor {
   int wake_fd_ = -1;
   uint64_t wake_value_ = 0;
   uint64_t idle_since_ns_ = 0;  // 0: busy
-  uint64_t gap_ns_ = 0;         // moving average of the time between two pieces of work
+  uint64_t gap_ns_ = 0;         // moving average of the time between two pieces of work, cut at 4 kMaxSpinNs
+  uint64_t long_gap_ns_ = 0;    // the same of gaps too long to spin through
+  uint32_t regular_ = 0;        // how many of those in a row came as expected
+  uint64_t spin_until_ns_ = 0;  // awake ahead of expected work
   bool enabled_ = false;
 };
 

@@ -83,6 +83,7 @@ class alignas(64) Queue final : public Poller {
 
   bool poll() override;
   bool prepare_sleep() override;
+  void expect_work() override { activate(); }
 
  private:
   struct Request {
