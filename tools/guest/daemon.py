@@ -119,11 +119,12 @@ class Daemon(Server):
                      "new worker", timeout)
 
     def memfd_bytes(self):
-        """What the kernel says the cache's memfds hold: blocks of the memfds that the holder keeps."""
+        """What the kernel says the cache's frames hold: blocks of the memfds with frames that the holder keeps
+        (guests' memory and in-flight logs are memfds as well, but not the cache's)."""
         held = {}
         for fd in Path(f"/proc/{self.pid}/fd").iterdir():
             try:
-                if "memfd:" in os.readlink(fd):
+                if "memfd:spillway-cache-frames" in os.readlink(fd):
                     st = fd.stat()
                     if stat.S_ISREG(st.st_mode):
                         held[st.st_ino] = st.st_blocks * 512

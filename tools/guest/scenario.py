@@ -104,7 +104,9 @@ class Scenario:
         self.checks = []
         self.pressure = []       # what each pressure event did
         self.status = {}         # the newest status of the daemon
+        self.past = []           # the last status of each worker that is gone
         self._gates = {}         # name -> Event: guests wait there for the main thread, or the other way round
+        self._polling = threading.Lock()
         self._failed = threading.Event()
         self._failures = []
 
@@ -175,11 +177,12 @@ class Scenario:
         self._await_gate("written-vm1")
         self.phase = "worker killed"
         before = self.daemon.worker_pid()
-        dirty = self.daemon.status()["cache"]["dirty_bytes"]
+        dirty = self.poll()["cache"]["dirty_bytes"]
         after = self.daemon.kill_worker()
         self.show(f"worker {before} killed with {dirty // MIB} MiB dirty, not flushed; the holder started {after}")
         self._open("flush")
         self._check("worker came back", after and after != before, f"pid {before} -> {after}")
+        self._check("written and not flushed when it was killed", dirty > 0, f"{dirty / MIB:.1f} MiB dirty")
         self._await_gate("flushed-vm1")
         self.phase = "finishing"
 
@@ -270,8 +273,27 @@ class Scenario:
     def poll(self):
         """The daemon's newest status; the last one while the worker restarts."""
         with contextlib.suppress(OSError, ValueError):
-            self.status = self.daemon.status()
+            status = self.daemon.status()
+            with self._polling:  # the live picture asks too
+                if self.status and self.status["pid"] != status["pid"]:
+                    self.past.append(self.status)
+                self.status = status
         return self.status
+
+    def _total(self, status, section, key):
+        """A counter over all workers of the run: each starts at 0."""
+        return sum(s.get(section, {}).get(key, 0) for s in [*self.past, status])
+
+    def _shrinkers(self, status):
+        """The last worker's shrinkers, with what their namesakes in earlier workers did added."""
+        rows = [dict(x) for x in status.get("reclaim", {}).get("shrinkers", [])]
+        for past in self.past:
+            for x in past["reclaim"]["shrinkers"]:
+                for row in rows:
+                    if row["name"] == x["name"]:
+                        for key in ("count_calls", "scan_calls", "scanned", "freed_objects", "freed_bytes", "time_ms"):
+                            row[key] += x[key]
+        return rows
 
     # -- order and outcome -----------------------------------------------------------------------
 
@@ -326,13 +348,14 @@ class Scenario:
                         f"{g['mismatches']} mismatches")
             self._check(f"{name}: no I/O error", g["io_errors"] == 0, f"{g['io_errors']} errors")
             self._check(f"{name}: finished, filesystem clean", g["fsck_errors"] == 0)
-        cache, reclaim = status.get("cache", {}), status.get("reclaim", {})
+        cache = status.get("cache", {})
+        hits, misses = self._total(status, "cache", "hits"), self._total(status, "cache", "misses")
+        hit_ratio = hits / (hits + misses) if hits + misses else 0.0
         peak = max([cache.get("peak_bytes", 0), *(p["memfd_before"] for p in self.pressure)])
         after = min([p["memfd_after"] for p in self.pressure], default=0)
         restarts = status.get("restarts", 0)
         self._check("one restart", restarts == 1, f"{restarts}")
-        self._check("the cache was worth having", cache.get("hit_ratio", 0) > 0.2,
-                    f"hit ratio {cache.get('hit_ratio', 0):.2f}")
+        self._check("the cache was worth having", hit_ratio > 0.2, f"hit ratio {hit_ratio:.2f}")
         if self._failures:
             self._check("the run went through", False, self._failures[0])
         return {
@@ -340,11 +363,11 @@ class Scenario:
             "guests": guests,
             "cache": {"limit_bytes": self.cache, "peak_bytes": peak, "after_bytes": after,
                       "reclaimed_bytes": sum(p["reclaimed_bytes"] for p in self.pressure),
-                      "hit_ratio": cache.get("hit_ratio", 0), "hits": cache.get("hits", 0),
-                      "misses": cache.get("misses", 0),
+                      "hit_ratio": hit_ratio, "hits": hits, "misses": misses,
                       "adopted_pages": cache.get("adopted_pages", 0)},
-            "reclaim": {"passes": reclaim.get("passes", 0), "duration_ms": reclaim.get("duration_ms", 0),
-                        "shrinkers": reclaim.get("shrinkers", [])},
+            "reclaim": {"passes": self._total(status, "reclaim", "passes"),
+                        "duration_ms": self._total(status, "reclaim", "duration_ms"),
+                        "shrinkers": self._shrinkers(status)},
             "pressure": self.pressure, "restarts": restarts, "checks": self.checks,
             "failures": self._failures}
 
