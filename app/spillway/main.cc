@@ -16,6 +16,7 @@
 #include "app/spillway/report.h"
 #include "src/base/log.h"
 #include "src/control/server.h"
+#include "src/export/vfio_user/vmm_exec.h"
 #include "src/host/calibrate.h"
 #include "src/host/graph.h"
 #include "src/host/offline.h"
@@ -223,6 +224,9 @@ void iostat(Cli& c) {
 
 int run(int argc, char** argv) {
   ::signal(SIGPIPE, SIG_DFL);
+  // Everything after vmm-exec is the VMM's own command line.
+  if (argc >= 2 && std::string_view(argv[1]) == "vmm-exec")
+    return vmm_exec(argv + (argc > 2 && std::string_view(argv[2]) == "--" ? 3 : 2));
   set_log_level(LogLevel::kWarn);
   Cli c;
   CLI::App app{"Storage for virtual machines out of one shared host cache"};
@@ -399,6 +403,7 @@ int run(int argc, char** argv) {
     if (j.is_string()) print(j.get<std::string>());
   });
   add_image_commands(app, &c.exit_code);
+  app.add_subcommand("vmm-exec", "Run a VMM so that its pmem faults stay small: vmm-exec -- COMMAND ARGS");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
