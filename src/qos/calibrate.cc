@@ -14,7 +14,7 @@ namespace {
 
 constexpr uint32_t kSmall = 4096, kLarge = 128 * 1024;
 constexpr uint32_t kDepths[] = {1, 2, 4, 8, 16, 24, 32, 48, 64};
-constexpr double kKnee = 0.98;  // of the greatest throughput
+constexpr double kKnee = 0.97;  // of the greatest throughput
 constexpr uint32_t kSamples = 64;  // blocks that writes put back
 
 double median(std::vector<double> v) {
@@ -171,9 +171,10 @@ Task<Result<Calibration>> calibrate(VolumePtr leaf, CalibrateOptions options) {
     c.curve.push_back({shapes[i].depth, median(ops[i])});
     most = std::max(most, c.curve.back().iops);
   }
-  for (auto& p : c.curve)
-    if (p.iops >= kKnee * most) {
-      c.model.depth = p.depth;
+  // One step beyond the first depth that is good enough: a little too deep costs latency, too shallow throughput.
+  for (size_t i = 0; i < c.curve.size(); ++i)
+    if (c.curve[i].iops >= kKnee * most) {
+      c.model.depth = c.curve[std::min(i + 1, c.curve.size() - 1)].depth;
       break;
     }
   for (size_t k = 0; k < kinds; ++k)

@@ -21,7 +21,7 @@ TEST(Calibrate, ModelledSsd_givesItsPublishedFigures) {
   EXPECT_NEAR(131072 / c->model.io[0].cost(131072), 2.85, 0.1);      // bytes per ns
   EXPECT_NEAR(1e9 / c->model.io[2].cost(4096), 70e3, 3e3);
   EXPECT_GE(c->model.depth, 32u);
-  EXPECT_LE(c->model.depth, 48u);
+  EXPECT_LE(c->model.depth, 64u);
   EXPECT_GE(c->model.flush_ns, c->model.io[2].cost(4096));
   auto again = QosModel::parse(c->to_text());
   ASSERT_TRUE(again);

@@ -6,7 +6,7 @@
 namespace spillway {
 
 DepthControl::DepthControl(uint32_t initial, uint32_t least, uint32_t most)
-    : knee_(std::clamp(initial, least, most)), least_(least), most_(most) {}
+    : knee_(std::clamp(initial, least, most)), least_(least), most_(most), limit_(most), fits_(most) {}
 
 uint32_t DepthControl::candidate() const {
   const uint32_t d = up_ ? knee_ + std::max(1u, knee_ / 4) : knee_ - std::min(knee_, std::max(1u, knee_ / 5));
@@ -15,24 +15,27 @@ uint32_t DepthControl::candidate() const {
 
 uint32_t DepthControl::depth() const {
   const uint32_t d = at_ == 1 || at_ == 2 ? candidate() : knee_;
-  return std::max(least_, d - d * shrunk_ / 16);
+  return std::min({d, limit_, fits_});
 }
 
-void DepthControl::window(double rate, bool saturated, double lost) {
+void DepthControl::window(double rate, bool saturated, double lost, double fits) {
+  fits_ = fits >= knee_ / 2.0 ? std::clamp(static_cast<uint32_t>(fits), least_, most_) : most_;
   if (!saturated || !(rate > 0)) {
     at_ = 0;
+    a_ = b_ = 0;
     return;
   }
-  if (lost > 0.01 && shrunk_ < 8) {
-    ++shrunk_;
-    calm_ = 0;
-  } else if (shrunk_ > 0 && lost < 0.001 && ++calm_ >= kRecover) {
-    --shrunk_;
-    calm_ = 0;
+  const uint32_t now = depth();
+  if (lost > kLostMost) {
+    const auto step = static_cast<uint32_t>(now * std::min(lost, 0.25));
+    limit_ = std::max({least_, knee_ / 2, now - std::min(now, std::max(1u, step))});
+  } else if (lost < kLostLeast && limit_ < most_) {
+    limit_ = std::min(limit_, fits_) + 1;  // so that it need not come down from far above
   }
   // A depth that shares hold down is no place to look for the knee.
-  if (shrunk_ > 0) {
+  if (std::min(limit_, fits_) < knee_) {
     at_ = 0;
+    a_ = b_ = 0;
     return;
   }
   if (rest_ > 0) {
@@ -58,7 +61,7 @@ void DepthControl::window(double rate, bool saturated, double lost) {
 void DepthControl::decide() {
   const double error = std::sqrt(m2_ / (quads_ * (quads_ - 1.0)));
   const double threshold = up_ ? kGainUp : -kLossDown;
-  if (mean_ - error > threshold) {
+  if (mean_ - kSure * error > threshold) {
     knee_ = candidate();
     next_probe(true);
   } else if (mean_ + error < threshold || quads_ >= kMaxQuads) {

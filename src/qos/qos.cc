@@ -67,7 +67,7 @@ struct alignas(64) Cell {
   uint32_t next_stream = 0;
   // Read by anyone:
   Counter ios[kIoKinds] = {};
-  Counter read_bytes{0}, written_bytes{0}, cost_ns{0}, queue_ns{0}, device_ns{0}, queued{0};
+  Counter read_bytes{0}, written_bytes{0}, cost_ns{0}, queue_ns{0}, device_ns{0}, queued{0}, started{0};
   LatencyHistogram latency;
 
   bool continues(bool write, uint64_t offset, uint64_t bytes) {
@@ -95,6 +95,14 @@ struct alignas(64) PerReactor {
   Counter cost_ns[kIoKinds][kSizeClasses] = {};
   Counter completions{0}, device_ns{0};
   Counter slow_ns[2] = {}, slow_count[2] = {};  // flush, other: device time by the requests that shared the device
+  // Any thread.
+  template <class Fn>
+  void for_each_cell(Fn fn) const {
+    for (auto& at : chunks)
+      if (const CellChunk* chunk = at.load(std::memory_order_acquire))
+        for (auto& entry : chunk->cells)
+          if (const Cell* c = entry.load(std::memory_order_acquire)) fn(*c);
+  }
   ~PerReactor() {
     for (auto& c : chunks) delete c.load(std::memory_order_relaxed);
   }
@@ -192,7 +200,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
  private:
   // A request that waits; in its coroutine's frame.
   struct Queued : Waiter, SfqItem {
-    Queued(Qos& q, const Meta& m) : qos(q), meta(m) {}
+    Queued(Qos& q, const Meta& m, uint64_t arrived) : qos(q), meta(m), begun(arrived) {}
     bool await_ready() const noexcept { return false; }
     bool await_suspend(std::coroutine_handle<> h) {
       handle = h;
@@ -200,11 +208,13 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
       cost = meta.cost;
       bytes = meta.bytes;
       is_write = meta.is_write;
+      home = reactor->index();
       return !qos.enqueue(this);  // may be gone by the time enqueue returns, unless it says true
     }
     void await_resume() const noexcept {}
     Qos& qos;
     const Meta& meta;
+    uint64_t begun;  // arrival, then when its turn came
     Queued* next_inbox = nullptr;
   };
 
@@ -241,6 +251,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   // competes for the device), only to count.
   Task<Status> pass(Task<Status> inner, const Meta& m) {
     if (inner.is_ready() && !m.cell->capped) {
+      bump(m.cell->started);
       count(m, 0, 0);
       return inner;
     }
@@ -251,11 +262,12 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     Reactor& reactor = Reactor::current();
     const uint64_t arrived = reactor.now_ns();
     uint64_t begun = arrived;
+    bump(m.cell->started);
     if (m.cell->capped || !take_slot()) {
       bump(m.cell->queued);
-      Queued queued(*this, m);
+      Queued queued(*this, m, arrived);
       co_await queued;
-      begun = reactor.now_ns();
+      begun = std::max(arrived, queued.begun);
     }
     Status status = co_await inner;
     const uint64_t now = reactor.now_ns();
@@ -279,16 +291,19 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   void release_slot(Reactor& reactor, uint64_t now) {
     // seq_cst: orders with the addition to waiting in enqueue; one of the two sees the other (see the header).
     const uint64_t before = slots_.fetch_sub(1, std::memory_order_seq_cst);
-    if (waiting(before) > 0) arbitrate(reactor, now, nullptr);
+    // A window must end also while all fits into the device: it may fit too well for shares (depth.h).
+    if (waiting(before) > 0 || (now >= window_end_.load(std::memory_order_relaxed) && before > 1))
+      arbitrate(reactor, now, nullptr);
   }
   // True when `q` may go on at once.
   bool enqueue(Queued* q) {
     Reactor& reactor = *q->reactor;
+    const uint64_t now = q->begun;  // once in the inbox it is the arbiter's
     slots_.fetch_add(kWaiting, std::memory_order_seq_cst);
     Queued* head = inbox_.load(std::memory_order_relaxed);
     do q->next_inbox = head;
     while (!inbox_.compare_exchange_weak(head, q, std::memory_order_release, std::memory_order_relaxed));
-    return arbitrate(reactor, reactor.now_ns(), q);
+    return arbitrate(reactor, now, q);
   }
 
   void count(const Meta& m, uint64_t queue_ns, uint64_t device_ns) {
@@ -323,7 +338,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     for (uint32_t round = 0;; ++round) {
       take_inbox(now);
       hand_out(reactor, now, &mine_end);
-      if (now >= window_end_) roll_window(now);
+      if (now >= window_end_.load(std::memory_order_relaxed)) roll_window(now);
       if (arbiter_.compare_exchange_strong(seen, 0, std::memory_order_acq_rel, std::memory_order_acquire)) break;
       if (round == kArbiterRounds) {
         // Others keep bringing work: go on with our own, and come back for theirs.
@@ -370,13 +385,14 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     for (;;) {
       const uint64_t s = slots_.load(std::memory_order_seq_cst);
       if (in_flight(s) >= depth_.load(std::memory_order_relaxed)) break;
-      SfqItem* item = tree_.pop(now);
+      SfqItem* item = tree_.pop(now, nullptr, reactor.index());
       if (item == nullptr) {
         full = false;
         break;
       }
       slots_.fetch_add(1 - kWaiting, std::memory_order_seq_cst);
       auto* q = static_cast<Queued*>(item);
+      q->begun = now;
       if (q->reactor == &reactor) {
         q->next_inbox = nullptr;
         **mine_end = q;
@@ -402,6 +418,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   }
 
   void roll_window(uint64_t now);
+  double in_flight_that_fits(uint64_t now);
   void refresh(uint64_t now);
   SfqTree::Node* group_node(GroupId id);
   SfqTree::Node* leaf_node(uint32_t slot);
@@ -428,6 +445,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
 
   alignas(64) std::atomic<uint64_t> slots_{0};  // in flight | waiting << 32
   std::atomic<uint32_t> depth_{0};
+  std::atomic<uint64_t> window_end_{0};         // written by the arbiter; a hint elsewhere
   alignas(64) std::atomic<Queued*> inbox_{nullptr};
   std::atomic<uint64_t> arbiter_{0};
   std::atomic<uint64_t> armed_{SfqTree::kNever};  // when the cap timer fires; a hint, a spare timer is harmless
@@ -439,9 +457,15 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   std::shared_ptr<const QosGroups> groups_;
   std::map<GroupId, SfqTree::Node*> group_nodes_;
   std::vector<SfqTree::Node*> leaves_;
-  uint64_t window_start_ = 0, window_end_ = 0;
+  uint64_t window_start_ = 0;
   uint64_t unsaturated_since_ = 1, unsaturated_ns_ = 0;
   Totals at_start_;
+  // What a slot had at the window's start, and how many requests it has outstanding on average.
+  struct SlotWindow {
+    uint64_t cost_ns = 0, ios = 0;
+    double outstanding = 0;
+  };
+  std::map<uint32_t, SlotWindow> slot_windows_;
 
   // Published by the arbiter for reports.
   std::atomic<double> speed_{0};
@@ -455,9 +479,9 @@ void Qos::roll_window(uint64_t now) {
   for_each_reactor([&](const PerReactor& r) { t.add(r); });
   const uint64_t elapsed = now - window_start_;
   const uint64_t completions = t.completions - at_start_.completions;
-  const bool first = window_end_ == 0;
+  const bool first = window_end_.load(std::memory_order_relaxed) == 0;
   if (!first && completions < kWindowCompletions && elapsed < kWindowMaxNs) {
-    window_end_ = now + kWindowNs / 4;
+    window_end_.store(now + kWindowNs / 4, std::memory_order_relaxed);
     return;
   }
   if (unsaturated_since_ != 0) {
@@ -487,14 +511,58 @@ void Qos::roll_window(uint64_t now) {
         costs_.learn_slow(i == 0 ? IoKind::kFlush : IoKind::kOther,
                           static_cast<double>(t.slow_ns[i] - at_start_.slow_ns[i]) / static_cast<double>(n));
   if (options_.adapt_depth) {
-    control_.window(base / static_cast<double>(elapsed), saturated, all > 0 ? lost / all : 0);
+    const double fits = in_flight_that_fits(now);
+    control_.window(base / static_cast<double>(elapsed), saturated, all > 0 ? lost / all : 0, fits);
     depth_.store(control_.depth(), std::memory_order_relaxed);
   }
   knee_.store(control_.knee(), std::memory_order_relaxed);
   at_start_ = t;
   window_start_ = now;
   unsaturated_ns_ = 0;
-  window_end_ = now + std::max(kWindowNs, 8 * latency);
+  window_end_.store(now + std::max(kWindowNs, 8 * latency), std::memory_order_relaxed);
+}
+
+// The least q / f of the groups that were active (depth.h); 0 when there were fewer than two, or none has much.
+double Qos::in_flight_that_fits(uint64_t now) {
+  if (domain_->generation() != generation_) refresh(now);
+  struct Sum {
+    uint64_t started = 0, cost_ns = 0, ios = 0;
+  };
+  std::map<uint32_t, Sum> sums;
+  for_each_reactor([&](const PerReactor& r) {
+    r.for_each_cell([&](const Cell& c) {
+      Sum& s = sums[c.slot];
+      for (auto& n : c.ios) s.ios += get(n);
+      s.cost_ns += get(c.cost_ns);
+      s.started += get(c.started);
+    });
+  });
+  std::vector<SfqTree::Node*> active;
+  std::vector<double> outstanding, cost;
+  for (auto& [slot, s] : sums) {
+    SlotWindow& w = slot_windows_[slot];
+    const uint64_t ios = s.ios - w.ios, cost_ns = s.cost_ns - w.cost_ns;
+    w.cost_ns = s.cost_ns, w.ios = s.ios;
+    // The counters of other reactors may be a request apart.
+    const double q = s.started > s.ios ? static_cast<double>(s.started - s.ios) : 0;
+    w.outstanding = w.outstanding == 0 ? q : 0.7 * w.outstanding + 0.3 * q;
+    if (ios == 0) {
+      w.outstanding = 0;
+      continue;
+    }
+    active.push_back(leaf_node(slot));
+    outstanding.push_back(w.outstanding);
+    cost.push_back(std::max(1.0, static_cast<double>(cost_ns) / static_cast<double>(ios)));
+  }
+  if (active.size() < 2) return 0;
+  const std::vector<double> share = tree_.shares(active);
+  double all = 0, least = 0;
+  for (size_t i = 0; i < active.size(); ++i) all += share[i] / cost[i];
+  for (size_t i = 0; i < active.size(); ++i) {
+    const double fits = outstanding[i] * all * cost[i] / share[i];
+    if (fits >= control_.knee() / 2.0 && (least == 0 || fits < least)) least = fits;
+  }
+  return least;
 }
 
 // Takes over what changed in the domain.
@@ -620,27 +688,21 @@ QosSample Qos::sample() const {
   s.model_updates = get(updates_);
   std::map<uint32_t, QosGroupSample> by_slot;
   for_each_reactor([&](const PerReactor& r) {
-    for (auto& at : r.chunks) {
-      const CellChunk* chunk = at.load(std::memory_order_acquire);
-      if (chunk == nullptr) continue;
-      for (auto& entry : chunk->cells) {
-        const Cell* c = entry.load(std::memory_order_acquire);
-        if (c == nullptr) continue;
-        QosGroupSample& g = by_slot[c->slot];
-        g.owner = owner_of(c->slot);
-        g.reads += get(c->ios[0]) + get(c->ios[1]);
-        g.writes += get(c->ios[2]) + get(c->ios[3]);
-        g.flushes += get(c->ios[4]);
-        g.others += get(c->ios[5]);
-        g.read_bytes += get(c->read_bytes);
-        g.written_bytes += get(c->written_bytes);
-        g.cost_ns += get(c->cost_ns);
-        g.queue_ns += get(c->queue_ns);
-        g.device_ns += get(c->device_ns);
-        g.queued += get(c->queued);
-        g.latency.merge(c->latency);
-      }
-    }
+    r.for_each_cell([&](const Cell& c) {
+      QosGroupSample& g = by_slot[c.slot];
+      g.owner = owner_of(c.slot);
+      g.reads += get(c.ios[0]) + get(c.ios[1]);
+      g.writes += get(c.ios[2]) + get(c.ios[3]);
+      g.flushes += get(c.ios[4]);
+      g.others += get(c.ios[5]);
+      g.read_bytes += get(c.read_bytes);
+      g.written_bytes += get(c.written_bytes);
+      g.cost_ns += get(c.cost_ns);
+      g.queue_ns += get(c.queue_ns);
+      g.device_ns += get(c.device_ns);
+      g.queued += get(c.queued);
+      g.latency.merge(c.latency);
+    });
   });
   for (auto& [slot, g] : by_slot) s.groups.push_back(std::move(g));
   return s;
@@ -659,6 +721,28 @@ std::string Qos::to_text() const {
 }
 
 }  // namespace
+
+std::vector<double> shares_wanted(const std::vector<QosOwner>& active, const QosGroups& groups) {
+  SfqTree tree;
+  std::map<GroupId, SfqTree::Node*> nodes{{GroupId::kRoot, tree.root()}};
+  auto node_of = [&](auto&& self, GroupId id) -> SfqTree::Node* {
+    if (auto it = nodes.find(id); it != nodes.end()) return it->second;
+    auto it = groups.groups.find(id);
+    if (it == groups.groups.end()) return tree.root();
+    return nodes[id] = tree.add(self(self, it->second.parent), it->second.weight);
+  };
+  std::vector<SfqTree::Node*> leaves;
+  for (const QosOwner& o : active) {
+    if (o.part == QosOwner::Part::kBackground) {
+      leaves.push_back(tree.add(tree.root(), groups.background[static_cast<size_t>(o.background)].weight));
+      continue;
+    }
+    auto it = groups.groups.find(o.group);
+    const bool ahead = o.part == QosOwner::Part::kReadAhead && it != groups.groups.end();
+    leaves.push_back(tree.add(node_of(node_of, o.group), ahead ? it->second.read_ahead_weight : kOwnWeight));
+  }
+  return tree.shares(leaves);
+}
 
 Result<std::shared_ptr<QosVolume>> make_qos_volume(VolumePtr leaf, QosOptions options,
                                                    std::shared_ptr<QosDomain> groups) {

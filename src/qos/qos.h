@@ -95,6 +95,9 @@ class QosVolume : public Volume {
   using Volume::Volume;
 };
 
+// The part of a disk each owner is due while exactly these have work: for reports beside what they got.
+std::vector<double> shares_wanted(const std::vector<QosOwner>& active, const QosGroups& groups);
+
 // kInvalid names the option. The volume has the leaf's name, size and geometry.
 Result<std::shared_ptr<QosVolume>> make_qos_volume(VolumePtr leaf, QosOptions options,
                                                    std::shared_ptr<QosDomain> groups);

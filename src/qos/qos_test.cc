@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include "src/qos/testing.h"
+#include "src/volume/linear/linear.h"
 #include "src/volume/sim/sim.h"
+#include "src/volume/stripe/stripe.h"
 
 namespace spillway {
 namespace {
@@ -293,22 +295,111 @@ TEST(Qos, MixedSizes_afterLearning_shareOfWhatEachHadAlone) {
   stop(c, {&a, &b});
 }
 
+// The disk of the depth tests: eight dies of 200 us, so the knee is 8 and a window sees some 800 requests.
+Disk small_disk(std::shared_ptr<QosDomain> domain, QosOptions options) {
+  Disk d;
+  SimOptions o{.size = kTiB, .model = "ssd"};
+  o.ssd.dies = 8;
+  o.ssd.read_us = 200;
+  d.sim = make_sim_volume("d0", o).value();
+  d.probe = std::make_shared<Probe>(d.sim);
+  d.qos = make_qos_volume(d.probe, options, std::move(domain)).value();
+  return d;
+}
+
 TEST(Qos, Depth_goesToTheKneeAndStays) {
-  for (uint32_t from : {4u, 200u}) {
-    auto domain = std::make_shared<QosDomain>();
+  for (uint32_t from : {2u, 40u}) {
     QosOptions options;
     options.depth = from;
-    Disk d = disk("ssd", domain, options);
+    Disk d = small_disk(std::make_shared<QosDomain>(), options);
     Cluster c(1, 3);
     Tally t;
-    start(c, 0, d.qos.get(), reads(0, 4096), &t, 256, 1);
-    c.run_until(40 * kSecond / 4);
-    // 36 dies: below 36 throughput falls, beyond it nothing is gained.
-    const QosSample s = d.qos->sample();
-    EXPECT_GE(s.knee, 34u) << "from " << from;
-    EXPECT_LE(s.knee, 48u) << "from " << from;
+    start(c, 0, d.qos.get(), reads(0, 4096), &t, 64, 1);
+    c.run_until(15 * kSecond);
+    EXPECT_GE(d.qos->sample().knee, 8u) << "from " << from;
+    EXPECT_LE(d.qos->sample().knee, 11u) << "from " << from;
     stop(c, {&t});
   }
+}
+
+// All that both tenants have fits into the device at the depth we began with, so nothing would ever wait and weights
+// would mean nothing: depth comes down to where they work (Little's law), and no further.
+TEST(Qos, Depth_whereAllOutstandingFits_comesDownForTheSakeOfShares) {
+  auto domain = std::make_shared<QosDomain>();
+  ASSERT_TRUE(domain->set(group(1), {.name = "a", .weight = 100}));
+  ASSERT_TRUE(domain->set(group(2), {.name = "b", .weight = 900}));
+  QosOptions options;
+  options.depth = 64;
+  Disk d = small_disk(domain, options);
+  Cluster c(2, 3);
+  Tally a, b;
+  start(c, 0, d.qos.get(), reads(1, 4096), &a, 32, 1);
+  start(c, 1, d.qos.get(), reads(2, 4096), &b, 32, 2);
+  c.run_until(500 * kMs);
+  const uint64_t a0 = a.done, b0 = b.done;
+  c.run_until(1500 * kMs);
+  EXPECT_NEAR(static_cast<double>(b.done - b0) / static_cast<double>(a.done - a0), 9.0, 0.25);
+  EXPECT_NEAR(static_cast<double>(a.done - a0 + b.done - b0), 40'000, 800);  // 8 dies / 200 us: all the disk has
+  stop(c, {&a, &b});
+}
+
+TEST(Qos, SharesWanted_followTheTreeOfThoseActive) {
+  QosDomain domain;
+  ASSERT_TRUE(domain.set(group(1), {.name = "a", .weight = 100}));
+  ASSERT_TRUE(domain.set(group(2), {.name = "a/x", .parent = group(1), .weight = 300}));
+  ASSERT_TRUE(domain.set(group(3), {.name = "b", .weight = 50}));
+  const auto share = shares_wanted({{group(1)}, {group(2)}, {group(3)},
+                                    {GroupId::kRoot, QosOwner::Part::kBackground, Background::kRebuild}},
+                                   *domain.snapshot());
+  ASSERT_EQ(share.size(), 4u);
+  EXPECT_DOUBLE_EQ(share[0], 0.5 * 0.25);
+  EXPECT_DOUBLE_EQ(share[1], 0.5 * 0.75);
+  EXPECT_DOUBLE_EQ(share[2], 0.25);
+  EXPECT_DOUBLE_EQ(share[3], 0.25);
+}
+
+// ---- Q2: two seeking disks, a tenant in each half of a volume above them ---------------------------------------------
+
+struct Q2 {
+  uint64_t alone = 0, together = 0;
+};
+Q2 neighbour(bool striped) {
+  auto domain = std::make_shared<QosDomain>();
+  SPILLWAY_ASSERT(domain->set(group(1), {.name = "a"}).has_value());
+  SPILLWAY_ASSERT(domain->set(group(2), {.name = "b"}).has_value());
+  std::vector<VolumePtr> disks;
+  for (const char* name : {"d0", "d1"}) {
+    auto leaf = make_sim(name, {.size = kTiB, .model = "hdd"}).value();
+    disks.push_back(make_qos(leaf, {.depth = 16, .adapt_depth = false}, domain).value());
+  }
+  auto volume = striped ? make_stripe("v", disks, 64 * kKiB).value() : make_linear("v", disks).value();
+  Cluster c(2, 7);
+  Load la = reads(1, 4096), lb = reads(2, 4096);
+  la.length = lb.length = volume->size() / 2;
+  lb.offset = volume->size() / 2;
+  Tally alone, a, b;
+  Q2 q;
+  start(c, 0, volume.get(), la, &alone, 8, 1);
+  c.run_until(20 * kSecond);
+  q.alone = alone.done;
+  stop(c, {&alone});
+  const uint64_t at = c.now_ns();
+  start(c, 0, volume.get(), la, &a, 8, 1);
+  start(c, 1, volume.get(), lb, &b, 64, 2);
+  c.run_until(at + 20 * kSecond);
+  q.together = a.done;
+  stop(c, {&a, &b});
+  return q;
+}
+
+TEST(Qos, Q2_linear_tenantsOnTheirOwnRegionsDoNotSlowOneAnother) {
+  const Q2 q = neighbour(false);
+  EXPECT_NEAR(static_cast<double>(q.together), static_cast<double>(q.alone), 0.02 * static_cast<double>(q.alone));
+}
+
+TEST(Qos, Q2_stripe_couplesThem) {
+  const Q2 q = neighbour(true);
+  EXPECT_LT(static_cast<double>(q.together), 0.75 * static_cast<double>(q.alone));
 }
 
 }  // namespace

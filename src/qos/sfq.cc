@@ -47,6 +47,8 @@ struct SfqTree::Node {
   SfqItem* head = nullptr;        // leaf
   SfqItem* tail = nullptr;
   uint64_t items = 0;
+  uint64_t stamp = 0;             // shares(): counted in this call
+  double active_weight = 0;       // shares(): of the children counted
   bool parked = false, parked_by_own = false;
   QosCaps caps;
   Bucket rbps, wbps, riops, wiops;
@@ -171,6 +173,7 @@ void SfqTree::deactivate(Node* n, uint64_t now) {
 void SfqTree::push(Node* leaf, SfqItem* item, uint64_t now) {
   SPILLWAY_ASSERT(leaf->children.empty() && leaf->parent != nullptr);
   item->next_item = nullptr;
+  item->passed = 0;
   (leaf->tail != nullptr ? leaf->tail->next_item : leaf->head) = item;
   leaf->tail = item;
   ++leaf->items;
@@ -202,7 +205,32 @@ void SfqTree::unpark(uint64_t now, bool all) {
   }
 }
 
-SfqItem* SfqTree::pop(uint64_t now, Node** from) {
+SfqItem* SfqTree::take(Node* leaf, uint32_t home) {
+  SfqItem* head = leaf->head;
+  SfqItem* before = nullptr;
+  SfqItem* item = head;
+  for (unsigned looked = 0; home != kAnyHome && item->home != home; ++looked) {
+    SfqItem* next = item->next_item;
+    if (looked == kMaxPassed || item->passed >= kMaxPassed || next == nullptr || next->cost != head->cost ||
+        next->bytes != head->bytes || next->is_write != head->is_write) {
+      before = nullptr, item = head;
+      break;
+    }
+    before = item;
+    item = next;
+  }
+  if (before == nullptr) {
+    leaf->head = item->next_item;
+  } else {
+    for (SfqItem* i = head; i != item; i = i->next_item) ++i->passed;
+    before->next_item = item->next_item;
+  }
+  if (leaf->tail == item) leaf->tail = before;
+  --leaf->items;
+  return item;
+}
+
+SfqItem* SfqTree::pop(uint64_t now, Node** from, uint32_t home) {
   unpark(now, false);
   while (!root_->heap.empty()) {
     Node* leaf = root_;
@@ -218,9 +246,7 @@ SfqItem* SfqTree::pop(uint64_t now, Node** from) {
       std::push_heap(parked_.begin(), parked_.end(), Parked::later);
       continue;
     }
-    leaf->head = item->next_item;
-    if (leaf->head == nullptr) leaf->tail = nullptr;
-    --leaf->items;
+    item = take(leaf, home);
     --queued_;
     for (Node* n = leaf; n != nullptr; n = n->parent) {
       n->served += item->cost;
@@ -257,6 +283,24 @@ SfqItem* SfqTree::pop(uint64_t now, Node** from) {
 uint64_t SfqTree::take_lost() {
   for (auto& n : nodes_) n->recent /= 2;
   return std::exchange(lost_, 0);
+}
+
+std::vector<double> SfqTree::shares(const std::vector<Node*>& leaves) {
+  ++stamp_;
+  root_->active_weight = 0;
+  for (Node* leaf : leaves)
+    for (Node* n = leaf; n->parent != nullptr && n->stamp != stamp_; n = n->parent) {
+      n->stamp = stamp_;
+      if (n->parent->parent != nullptr && n->parent->stamp != stamp_) n->parent->active_weight = 0;
+      n->parent->active_weight += n->weight;
+    }
+  std::vector<double> all;
+  for (Node* leaf : leaves) {
+    double share = 1;
+    for (Node* n = leaf; n->parent != nullptr; n = n->parent) share *= n->weight / n->parent->active_weight;
+    all.push_back(share);
+  }
+  return all;
 }
 
 uint64_t SfqTree::served(const Node* n) { return n->served; }

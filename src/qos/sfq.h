@@ -43,6 +43,8 @@ struct SfqItem {
   SfqItem* next_item = nullptr;
   uint64_t cost = 0;   // ns of device time
   uint64_t bytes = 0;
+  uint32_t home = 0;   // which reactor it came from
+  uint8_t passed = 0;  // how often one behind it was taken instead
   bool is_write = false;
 };
 
@@ -66,8 +68,12 @@ class SfqTree {
   void move(Node* n, Node* parent, uint64_t now);
 
   void push(Node* leaf, SfqItem* item, uint64_t now);
-  // The next item by right; null when nothing is queued or all of it is capped until next_ready().
-  SfqItem* pop(uint64_t now, Node** from = nullptr);
+  // The next item by right; null when nothing is queued or all of it is capped until next_ready(). Of equal items at
+  // the head of that group's queue it takes one whose home is `home` (no other CPU to wake), passing each of the
+  // others at most kMaxPassed times: to the group it is the same service.
+  SfqItem* pop(uint64_t now, Node** from = nullptr, uint32_t home = kAnyHome);
+  static constexpr uint32_t kAnyHome = UINT32_MAX;
+  static constexpr uint8_t kMaxPassed = 8;
   uint64_t next_ready() const { return parked_.empty() ? kNever : parked_.front().at; }
   uint64_t queued() const { return queued_; }
 
@@ -77,6 +83,9 @@ class SfqTree {
   // Cost that groups with a quarter or more of the recent service would have had, beyond the credit, had their queues
   // not run dry between completions: a sign of too much in flight. Since the last call, which also ages "recent".
   uint64_t take_lost();
+
+  // What part of the whole each of these leaves is due while they, and no others, have work.
+  std::vector<double> shares(const std::vector<Node*>& leaves);
 
   // For reports and tests.
   static uint64_t served(const Node* n);        // cost, own and below, since ever
@@ -97,6 +106,7 @@ class SfqTree {
   void heap_fix(Node* p, uint32_t at);
   uint64_t capped_until(Node* leaf, const SfqItem& item, bool* own) const;
   void unpark(uint64_t now, bool all);
+  static SfqItem* take(Node* leaf, uint32_t home);
 
   Node* root_ = nullptr;
   std::vector<std::unique_ptr<Node>> nodes_;
@@ -104,7 +114,7 @@ class SfqTree {
   uint64_t queued_ = 0;
   uint64_t sequence_ = 0;
   uint64_t keep_ns_ = 0, credit_ = 0;
-  uint64_t lost_ = 0;
+  uint64_t lost_ = 0, stamp_ = 0;
 };
 
 }  // namespace spillway
