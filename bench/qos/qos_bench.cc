@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
+#include <cmath>
 #include <cstring>
 #include <fstream>
 
@@ -20,6 +21,8 @@
 #include "src/qos/calibrate.h"
 #include "src/qos/qos.h"
 #include "src/volume/file/file.h"
+#include "src/volume/linear/linear.h"
+#include "src/volume/stripe/stripe.h"
 
 namespace spillway::bench {
 namespace {
@@ -81,6 +84,25 @@ struct Rig {
 struct Series {
   std::vector<double> ratio, use, p99, throughput;
 };
+
+// As `spillway disk calibrate` does.
+void measure_disk(Rig& rig, ReactorPool& pool, double seconds) {
+  CalibrateOptions options;
+  options.seconds = seconds;
+  options.writes = true;
+  std::atomic<bool> done{false};
+  auto work = [](Rig* r, CalibrateOptions o, std::atomic<bool>* d) -> Task<void> {
+    Result<Calibration> c = co_await calibrate(r->leaf, o);
+    SPILLWAY_ASSERT(c.has_value());
+    r->model = c->model;
+    Json curve = Json::object();
+    for (auto& p : c->curve) curve[std::to_string(p.depth)] = std::round(p.iops);
+    r->report.run("calibrate", {{"iops_by_depth", curve}, {"knee", c->model.depth}, {"model", c->model.to_text()}});
+    d->store(true);
+  };
+  pool.at(0).post([&] { pool.at(0).spawn(work(&rig, options, &done)); });
+  while (!done.load()) usleep(1000);
+}
 
 void run_case(Rig& rig, const Case& c) {
   const bool mixed = c.weak.bytes != c.strong.bytes;
@@ -167,6 +189,42 @@ void report_qd1(Rig& rig) {
                      {{"round", round}, {"scheduler", with ? "spillway" : "none"}, {"qd1_iops", got[1].ops_s},
                       {"qd1_p50_us", got[1].p50_us}, {"qd1_p99_us", got[1].p99_us}, {"qd32_iops", got[0].ops_s}});
     }
+}
+
+// Q2 on files: two of them as disks of 2000 IOPS (a cap at each disk's root, as both files share one real disk), a
+// tenant in each half of a volume above.
+void report_q2(Rig& rig, const std::string& file) {
+  for (const bool striped : {false, true}) {
+    auto domain = std::make_shared<QosDomain>();
+    SPILLWAY_ASSERT(domain->set(GroupId::kRoot, {.name = "/", .caps = {.riops = 2000}}).has_value());
+    SPILLWAY_ASSERT(domain->set(kWeak, {.name = "a"}).has_value());
+    SPILLWAY_ASSERT(domain->set(kStrong, {.name = "b"}).has_value());
+    std::vector<VolumePtr> disks;
+    for (const char* suffix : {".q2a", ".q2b"}) {
+      FileOptions o;
+      o.path = file + suffix;
+      o.create_size = 256 * kMiB;
+      disks.push_back(make_qos(open_file(suffix + 1, std::move(o)).value(), {}, domain).value());
+    }
+    auto volume = striped ? make_stripe("v", disks, 64 * kKiB).value() : make_linear("v", disks).value();
+    Tenant a = tenant(kWeak, 4096, false, false), b = tenant(kStrong, 4096, false, false);
+    a.length = b.length = volume->size() / 2;
+    b.offset = volume->size() / 2;
+    a.depth = 8;
+    std::vector<double> alone, together;
+    for (int round = 0; round < rig.rounds; ++round) {
+      alone.push_back(rig.loads.run(volume, {a}, rig.warm, rig.slice)[0].ops_s);
+      together.push_back(rig.loads.run(volume, {a, b}, rig.warm, rig.slice)[0].ops_s);
+    }
+    const double part = median(together) / median(alone);
+    rig.report.run(striped ? "Q2 stripe on files" : "Q2 linear on files",
+                   {{"alone_iops", median(alone)}, {"beside_a_busy_neighbour_iops", median(together)}, {"part", part}});
+    if (striped) rig.report.gate("Q2 stripe couples: part of alone", part, "<=", 0.75);
+    else rig.report.gate("Q2 linear: part of alone", part, ">=", 0.97);
+    volume = nullptr;
+    disks.clear();
+    for (const char* suffix : {".q2a", ".q2b"}) ::unlink((file + suffix).c_str());
+  }
 }
 
 // A leaf that suspends once and does nothing: what remains is the cost of the way there and back.
@@ -281,9 +339,11 @@ int main_of(int argc, char** argv) {
        "randread"},
   };
   if (only.empty() || only == "overhead") overhead(rig, *one, *two);
+  if (only != "overhead" && only != "q2") measure_disk(rig, *two, report.option("calibrate", 12.0));
   for (const Case& c : cases)
     if (only.empty() || c.name.starts_with(only)) run_case(rig, c);
   if (only.empty() || only == "qd1") report_qd1(rig);
+  if (only.empty() || only == "q2") report_q2(rig, file);
   if (report.option("bfq", only.empty() ? 1.0 : 0.0) != 0) run_bfq(rig, file, cases);
   return report.finish();
 }
