@@ -106,7 +106,7 @@ static int discard_file(int file, int disk, uint64_t start, uint64_t *bytes) {
 static int usage(void) {
   fputs("usage: spillway-trim [--force] [--reserve MIB] MOUNTPOINT TRIM-DISK\n"
         "Discards the free space of the file system at MOUNTPOINT through the companion disk of its pmem device.\n"
-        "--reserve MIB  free space left untouched for others (default 5 %, at least 16)\n", stderr);
+        "--reserve MIB  free space left untouched for others (default 2 %, at least 8)\n", stderr);
   return kUsage;
 }
 
@@ -133,7 +133,7 @@ int main(int argc, char **argv) {
   struct statvfs free_space;
   if (fstatvfs(root, &free_space)) return failed(where[0]);
   uint64_t left = (uint64_t)free_space.f_bavail * free_space.f_frsize;
-  if (reserve == 0) reserve = left / 20 > 16 * kMiB ? left / 20 : 16 * kMiB;
+  if (reserve == 0) reserve = left / 50 > 8 * kMiB ? left / 50 : 8 * kMiB;
   left = left > reserve ? left - reserve : 0;
   const int file = openat(root, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
   if (file < 0) return failed("a temporary file");
