@@ -451,6 +451,8 @@ void UringReactor::turn(bool may_sleep) {
   if (!ready_.empty()) worked = true;
   if (worked) end_idle();
   if (worked || !may_sleep || stop_.load(std::memory_order_relaxed) || may_spin()) {
+    if (!worked)
+      for (int i = 0; i < 4; ++i) __builtin_ia32_pause();  // leave the driver its cache lines for a moment
     enter();
     reap();
     return;

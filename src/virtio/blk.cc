@@ -71,10 +71,13 @@ void parse_blk(Chain& chain, BlkRequest& request) {
   if (chain.readable_bytes < sizeof head) return;
   iovec* in = chain.iov;
   iovec* const in_end = chain.iov + chain.readable;
-  if (in->iov_len >= sizeof head) std::memcpy(&head, in->iov_base, sizeof head);
-  else copy_from_iov(&head, {in, in_end}, 0, sizeof head);
-  asm volatile("" : "+m"(head));  // from here on the local only
-  in = drop_front(in, in_end, sizeof head);
+  uint64_t half[2];
+  if (in->iov_len >= sizeof head) std::memcpy(half, in->iov_base, sizeof head);
+  else copy_from_iov(half, {in, in_end}, 0, sizeof head);
+  asm volatile("" : "+r"(half[0]), "+r"(half[1]));  // from here on the locals only
+  head = std::bit_cast<Head>(half);
+  if (in->iov_len == sizeof head) ++in;
+  else in = drop_front(in, in_end, sizeof head);
 
   request.op = op_of(head.type);
   const bool to_guest = request.op == BlkOp::kRead || request.op == BlkOp::kGetId;

@@ -4,8 +4,8 @@
 
 namespace spillway::virtio {
 
-const char* Chain::add(const GuestMemory& memory, uint32_t& hint, uint64_t addr, uint32_t len,
-                       bool writable) {
+const char* Chain::add_slow(const GuestMemory& memory, uint32_t& hint, uint64_t addr, uint32_t len,
+                            bool writable) {
   if (writable) writable_bytes += len;
   else if (writable_bytes > 0 || count > readable) return "a readable descriptor after a writable one";
   else readable_bytes += len;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <span>
 
+#include "src/base/units.h"
 #include "src/io/buffers.h"
 #include "src/virtio/guest_memory.h"
 
@@ -22,6 +23,11 @@ struct RawDesc {
   uint32_t len;
   uint16_t id;
   uint16_t flags;
+};
+
+// Where buffers were found last: heads and status bytes often live in another region than data.
+struct RegionHints {
+  uint32_t small = 0, large = 0;
 };
 
 // Reused from request to request; thread-confined.
@@ -46,7 +52,26 @@ struct Chain {
     readable_bytes = writable_bytes = 0;
   }
   // Adds one buffer; an error text when the chain breaks a rule, else null.
-  const char* add(const GuestMemory& memory, uint32_t& hint, uint64_t addr, uint32_t len, bool writable);
+  const char* add(const GuestMemory& memory, RegionHints& hints, uint64_t addr, uint32_t len, bool writable) {
+    // Nearly every buffer lies whole in the region that the last one of its kind lay in.
+    uint32_t& hint = len < kSectorSize ? hints.small : hints.large;
+    const GuestRegion* r = memory.find(addr, hint);
+    if (r == nullptr || r->host == nullptr || len > r->size - (addr - r->guest) || len == 0 ||
+        count == kMaxPieces || (!writable && count > readable)) [[unlikely]]
+      return add_slow(memory, hint, addr, len, writable);
+    iov[count++] = {r->host + (addr - r->guest), len};
+    blocking |= r->blocking;
+    if (writable) {
+      writable_bytes += len;
+    } else {
+      readable_bytes += len;
+      readable = count;
+    }
+    return nullptr;
+  }
+
+ private:
+  const char* add_slow(const GuestMemory& memory, uint32_t& hint, uint64_t addr, uint32_t len, bool writable);
 };
 
 }  // namespace spillway::virtio

@@ -104,6 +104,7 @@ class Virtqueue {
   Pop pop_split(Chain& chain);
   Pop pop_packed(Chain& chain);
   Pop walk_split(uint16_t head, Chain& chain);
+  void prefetch_ahead(uint16_t ahead);
   Pop walk_packed_indirect(uint64_t addr, uint32_t len, Chain& chain);
   Pop walk_indirect(uint64_t addr, uint32_t len, Chain& chain);
   void push_split(uint16_t id, uint32_t written);
@@ -119,7 +120,8 @@ class Virtqueue {
   const GuestMemory* memory_ = nullptr;
   const char* broken_ = nullptr;
   uint64_t broken_value_ = 0;
-  uint32_t hint_ = 0;          // last region hit by a buffer
+  RegionHints hints_;
+  uint32_t ahead_hint_ = 0;    // of prefetch_ahead
   uint16_t mask_ = 0;
   uint16_t next_avail_ = 0;    // split: free-running; packed: slot
   uint16_t avail_shadow_ = 0;  // split: avail.idx as last seen

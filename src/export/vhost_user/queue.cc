@@ -1,5 +1,6 @@
 #include "src/export/vhost_user/queue.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -74,6 +75,7 @@ void Queue::begin(Start start) {
   if (call_fd_ >= 0) ::close(call_fd_);
   kick_fd_ = start.kick;
   call_fd_ = start.call;
+  look_at_call();
   vq_.keep_raw(ring_.packed);
   block_mask_ = volume_->geometry().block_size - 1;
   busy_.assign(ring_.packed ? 0 : ring_.size, 0);
@@ -203,6 +205,7 @@ Task<void> Queue::set_call(int fd) {
   co_await RunOn(*owner_, [this, fd] {
     if (call_fd_ >= 0) ::close(call_fd_);
     call_fd_ = fd;
+    look_at_call();
     call();  // what the old descriptor was told may have been lost with it
   });
 }
@@ -490,11 +493,17 @@ void Queue::publish() {
   if (wanted) call();
 }
 
+void Queue::look_at_call() {
+  call_may_block_ = call_fd_ >= 0 && (::fcntl(call_fd_, F_GETFL) & O_NONBLOCK) == 0;
+}
+
 void Queue::call() {
   if (call_fd_ < 0) return;
-  // Never block: if the counter is at its limit (a hostile front-end's doing) it is signalled already.
-  pollfd p{call_fd_, POLLOUT, 0};
-  if (::poll(&p, 1, 0) != 1 || (p.revents & POLLOUT) == 0) return;
+  if (call_may_block_) {
+    // If the counter is at its limit (a hostile front-end's doing) it is signalled already.
+    pollfd p{call_fd_, POLLOUT, 0};
+    if (::poll(&p, 1, 0) != 1 || (p.revents & POLLOUT) == 0) return;
+  }
   const uint64_t one = 1;
   [[maybe_unused]] const ssize_t n = ::write(call_fd_, &one, sizeof one);
   bump(stats_.calls);

@@ -123,6 +123,7 @@ class alignas(64) Queue final : public Poller {
   void complete(uint16_t token, uint16_t id, uint16_t slots, uint32_t written);
   void publish();
   void call();
+  void look_at_call();
   IoContext context() const {
     return {device_.group, IoClass::kForeground, device_.write_through.load(std::memory_order_relaxed)};
   }
@@ -141,6 +142,7 @@ class alignas(64) Queue final : public Poller {
   bool broken_told_ = false;
   bool in_poll_ = false;
   bool kick_outstanding_ = false;
+  bool call_may_block_ = true;
   uint16_t index_;
   int kick_fd_ = -1;
   int call_fd_ = -1;
