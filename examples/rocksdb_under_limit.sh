@@ -1,9 +1,9 @@
 #!/bin/sh
 # The same RocksDB, the same cgroup limit, the same too large block cache: without reclaim it is killed by the
 # OOM killer, with it it lives. Needs root and a writable cgroup v1 memory controller (or v2 at the root).
-# usage: rocksdb_under_limit.sh PROGRAM [SECONDS]
+# usage: rocksdb_under_limit.sh PROGRAM [SCANS]
 set -eu
-program=$(realpath "$1"); seconds=${2:-20}
+program=$(realpath "$1"); scans=${2:-400}
 work=$(mktemp -d /tmp/spillway-rocksdb-XXXXXX)
 name=spillway-rocksdb-$$
 limit_mib=160; cache_mib=1024
@@ -25,9 +25,9 @@ inside() { # runs a command in the cgroup; its status
 }
 
 "$program" "$work/db" load
-status=0; inside "$program" "$work/db" run "$seconds" $cache_mib >"$work/plain" 2>&1 || status=$?
+status=0; inside "$program" "$work/db" run "$scans" $cache_mib >"$work/plain" 2>&1 || status=$?
 echo "without reclaim: exit status $status $( [ $status = 137 ] && echo '(killed)' )"; cat "$work/plain"
 plain=$status
-status=0; inside "$program" "$work/db" run --reclaim "$seconds" $cache_mib >"$work/reclaim" 2>&1 || status=$?
+status=0; inside "$program" "$work/db" run --reclaim "$scans" $cache_mib >"$work/reclaim" 2>&1 || status=$?
 echo "with reclaim: exit status $status"; cat "$work/reclaim"
 [ "$plain" = 137 ] && [ "$status" = 0 ]
