@@ -242,6 +242,10 @@ int run(int argc, char** argv) {
   app.add_flag("--force", c.force);
 
   app.add_subcommand("status", "Everything on one page")->callback([&] { show(c, "status", status_report); });
+  app.add_subcommand("metrics", "Counters as Prometheus text")->callback([&] {
+    const json j = call(c, "metrics");
+    if (j.is_string()) print(j.get<std::string>());
+  });
   auto* top_command = app.add_subcommand("top", "The same, live: top [SECONDS [COUNT]]");
   top_command->add_option("INTERVAL", c.rest);
   top_command->callback([&] { top(c); });

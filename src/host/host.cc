@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include "src/base/log.h"
+#include "src/control/metrics.h"
 #include "src/export/vhost_user/vhost_user.h"
 #include "src/host/calibrate.h"
 #include "src/host/iostat.h"
@@ -485,6 +486,7 @@ Task<Result<json>> Host::command(const std::string& name, const json& args) {
   const std::string noun = name.substr(0, space);
   const std::string verb = space == std::string::npos ? "" : name.substr(space + 1);
   if (name == "status") co_return status();
+  if (name == "metrics") co_return json(prometheus_text(status()));
   if (noun == "shrinker") co_return shrinker_command(verb, args);
   if (name == "export list") co_return exports_json();
   if (name == "group list") co_return groups_json();
