@@ -291,8 +291,6 @@ Status read_host(Section& s, HostConfig& h) {
   if (reactors != 0 && !h.cpus.empty()) return s.wrong("reactors", "give cpus or reactors, not both");
   if (h.cpus.empty()) h.cpus.assign(reactors != 0 ? reactors : 0, -1);
   SPILLWAY_CHECK(s.boolean("psi", h.psi));
-  SPILLWAY_CHECK(s.boolean("sandbox", h.sandbox));
-  SPILLWAY_CHECK(s.text("socket_group", h.socket_group));
   return {};
 }
 
@@ -550,8 +548,6 @@ std::string Config::dump() const {
   for (int c : host.cpus) cpus.push_back(c);
   if (!cpus.empty()) h.insert_or_assign("cpus", std::move(cpus));
   if (!host.psi) h.insert_or_assign("psi", false);
-  if (!host.sandbox) h.insert_or_assign("sandbox", false);
-  put_text(h, "socket_group", host.socket_group);
   cache.insert_or_assign("size", static_cast<int64_t>(host.cache_size));
   put_size(cache, "dirty", host.cache_dirty, 0);
   put_size(cache, "nodes", host.nodes, 1);

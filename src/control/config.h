@@ -98,8 +98,6 @@ struct HostConfig {
   uint64_t cache_dirty = 0;        // 0 = a quarter of the size
   uint32_t nodes = 1;              // NUMA nodes of the cache
   bool psi = true;                 // watch the system's memory pressure
-  std::string socket_group;        // group that owns the sockets
-  bool sandbox = true;
 };
 
 struct Config {
