@@ -2,15 +2,13 @@
 
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 
-#include <cstring>
 #include <mutex>
 
 #include <fmt/core.h>
 
 #include "src/base/log.h"
+#include "src/base/unix_socket.h"
 #include "src/export/vhost_user/session.h"
 
 namespace spillway {
@@ -18,28 +16,9 @@ namespace spillway {
 namespace vhost {
 namespace {
 
-// The socket at `path`; a stale file is replaced, a live one is an error.
 Result<Fd> bind_socket(const std::string& path) {
-  sockaddr_un addr{};
-  addr.sun_family = AF_UNIX;
-  if (path.empty() || path.size() >= sizeof addr.sun_path)
-    return fail(ErrorKind::kInvalid, fmt::format("socket {}: a path of 1 to {} bytes", path,
-                                                 sizeof addr.sun_path - 1));
-  std::memcpy(addr.sun_path, path.data(), path.size());
-  struct stat st {};
-  if (::lstat(path.c_str(), &st) == 0) {
-    if (!S_ISSOCK(st.st_mode)) return fail(ErrorKind::kExists, fmt::format("socket {}: exists and is no socket", path));
-    Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    if (!probe) return fail_errno(errno, "socket");
-    const int r = ::connect(probe.get(), reinterpret_cast<sockaddr*>(&addr), sizeof addr);
-    if (r == 0 || errno != ECONNREFUSED)
-      return fail(ErrorKind::kBusy, fmt::format("socket {}: in use by another process", path));
-    if (::unlink(path.c_str()) != 0) return fail_errno(errno, fmt::format("socket {}: remove the stale one", path));
-  }
-  Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd) return fail_errno(errno, "socket");
-  if (::bind(fd.get(), reinterpret_cast<sockaddr*>(&addr), sizeof addr) != 0 || ::listen(fd.get(), 8) != 0)
-    return fail_errno(errno, fmt::format("socket {}", path));
+  SPILLWAY_TRY(Fd fd, listen_unix(path));
+  if (::fcntl(fd.get(), F_SETFL, O_NONBLOCK) != 0) return fail_errno(errno, fmt::format("socket {}", path));
   return fd;
 }
 
