@@ -19,7 +19,7 @@ uint32_t DepthControl::depth() const {
 }
 
 void DepthControl::window(double rate, bool saturated, double lost, double fits) {
-  fits_ = fits >= knee_ / 2.0 ? std::clamp(static_cast<uint32_t>(fits), least_, most_) : most_;
+  fits_ = fits >= knee_ / 2.0 ? std::clamp(static_cast<uint32_t>(fits * kFitsPart), least_, most_) : most_;
   if (!saturated || !(rate > 0)) {
     at_ = 0;
     a_ = b_ = 0;
@@ -29,7 +29,9 @@ void DepthControl::window(double rate, bool saturated, double lost, double fits)
   if (lost > kLostMost) {
     const auto step = static_cast<uint32_t>(now * std::min(lost, 0.25));
     limit_ = std::max({least_, knee_ / 2, now - std::min(now, std::max(1u, step))});
-  } else if (lost < kLostLeast && limit_ < most_) {
+    calm_ = 0;
+  } else if (lost < kLostLeast && limit_ < most_ && ++calm_ >= kCalm) {
+    calm_ = 0;
     limit_ = std::min(limit_, fits_) + 1;  // so that it need not come down from far above
   }
   // A depth that shares hold down is no place to look for the knee.

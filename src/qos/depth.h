@@ -15,7 +15,7 @@
 // already, and the device's own queue shares by numbers, not by weights. So depth is limited to the least q / f of the
 // groups with q / f of at least half the knee (a tenant with less outstanding than that is limited by itself, and the
 // disk is not throttled for its sake). What the window's averages miss is corrected by what was really lost
-// (sfq.h, take_lost): while it is more than kLostMost of the work the limit sinks by as much, then rises by one a window.
+// (sfq.h, take_lost): while it is more than kLostMost of the work the limit sinks by as much, then rises by one every few windows.
 //
 // Thread-safety: thread-confined (to the arbiter's holder).
 #pragma once
@@ -38,12 +38,15 @@ class DepthControl {
   static constexpr uint32_t kMinQuads = 6, kMaxQuads = 24, kMaxRest = 1024;
   static constexpr double kSure = 2;
   static constexpr double kLostMost = 0.002, kLostLeast = 0.0005;
+  static constexpr double kFitsPart = 0.92;  // completions come in batches: some are always between two queues
+  static constexpr uint32_t kCalm = 4;
   uint32_t candidate() const;
   void decide();
   void next_probe(bool taken);
 
   uint32_t knee_, least_, most_;
   uint32_t limit_;             // for the sake of shares, by what was lost; most_ when there is none
+  uint32_t calm_ = 0;          // windows without loss since the limit changed
   uint32_t fits_;              // the same, by Little's law
   bool up_ = true;
   uint32_t refused_ = 0;       // in a row
