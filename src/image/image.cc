@@ -127,6 +127,8 @@ Task<Result<std::vector<MapEntry>>> map_image(VolumePtr image) {
           continue;
         }
         e.zero = true;
+        e.has_offset = r.has_host;
+        e.offset = r.has_host ? r.host : 0;
         break;
       }
       e.present = true;

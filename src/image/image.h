@@ -32,6 +32,7 @@ struct ImageReference {
   Role role = Role::kBacking;
   std::string name;    // as it stands in the header; relative to the folder of the image that names it
   std::string format;  // "" when the header does not say; data files are always "raw"
+  bool writable = false;  // data files only: the image is being opened for writing
 };
 // Opens what an image names. To be shared within a tenant: the same file gives the same VolumePtr, so a base is mapped
 // once for all its overlays. Two tenants get two image objects over one cached file volume: blocks are cached once

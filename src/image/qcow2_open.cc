@@ -317,7 +317,7 @@ Task<Result<VolumePtr>> Qcow2Image::open(std::string name, VolumePtr file, Qcow2
     if (data == nullptr && !options.resolver)
       co_return fail(ErrorKind::kPermission, fmt::format("qcow2 {}: external data file not allowed here", name));
     if (data == nullptr) {
-      ImageReference ref{ImageReference::Role::kDataFile, h.data_file, "raw"};
+      ImageReference ref{ImageReference::Role::kDataFile, h.data_file, "raw", !read_only};
       Result<VolumePtr> r = co_await options.resolver(std::move(ref));
       if (!r) co_return fail(std::move(r).error().with_context(fmt::format("qcow2 {}: data file", name)));
       data = std::move(*r);
@@ -330,7 +330,7 @@ Task<Result<VolumePtr>> Qcow2Image::open(std::string name, VolumePtr file, Qcow2
     if (backing == nullptr && !options.resolver)
       co_return fail(ErrorKind::kPermission, fmt::format("qcow2 {}: backing file not allowed here", name));
     if (backing == nullptr) {
-      ImageReference ref{ImageReference::Role::kBacking, h.backing_file, h.backing_format};
+      ImageReference ref{ImageReference::Role::kBacking, h.backing_file, h.backing_format, false};
       Result<VolumePtr> r = co_await options.resolver(std::move(ref));
       if (!r) co_return fail(std::move(r).error().with_context(fmt::format("qcow2 {}: backing file", name)));
       backing = std::move(*r);

@@ -45,8 +45,8 @@ Qcow2Image::Run Qcow2Image::classify(uint64_t entry, uint64_t in_cluster) const 
 static bool continues(const Qcow2Image::Run& r, const Qcow2Image::Run& next) {
   using Kind = Qcow2Image::Kind;
   if (next.kind != r.kind || r.kind == Kind::kPacked || r.kind == Kind::kBad) return false;
-  if (r.kind == Kind::kUnallocated) return true;
-  if (r.kind == Kind::kZero && !r.has_host) return !next.has_host;
+  // Also for parts that are not in use: `map` tells where their place is.
+  if (r.kind != Kind::kData && !r.has_host) return !next.has_host;
   return next.has_host == r.has_host && next.in_place == r.in_place && next.host == r.host + r.length;
 }
 

@@ -82,7 +82,7 @@ class Opener {
   }
   Task<Result<VolumePtr>> resolve(std::string image, std::vector<std::string> chain, ImageReference r) {
     SPILLWAY_CO_TRY(std::string path, resolve_image_path(image, r.name, {folder_}));
-    if (r.role == ImageReference::Role::kDataFile) co_return file_volume(path);
+    if (r.role == ImageReference::Role::kDataFile) co_return file_volume(path, !r.writable);
     if (auto it = shared_.find(path); it != shared_.end()) co_return it->second;
     ImageFormat format = ImageFormat::kRaw;
     if (!r.format.empty()) {

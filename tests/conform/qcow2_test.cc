@@ -3,6 +3,8 @@
 // it is not installed.
 #include <algorithm>
 
+#include <nlohmann/json.hpp>
+
 #include "src/image/testing.h"
 #include "src/io/sync.h"
 
@@ -22,6 +24,32 @@ Task<Status> write_out(VolumePtr v, std::string path) {
 std::string without_space(std::string s) {
   std::erase_if(s, [](char c) { return c == ' ' || c == '\n'; });
   return s;
+}
+
+// QEMU splits data clusters where the file below has holes ("data" and "zero" at once), if it guesses that the image was
+// preallocated. Taken back here: what is data stays data, and neighbours join.
+std::string joined(const std::string& json) {
+  std::string t;
+  nlohmann::json last;
+  auto out = [&] {
+    if (!last.is_null()) t += last.dump() + "\n";
+  };
+  for (nlohmann::json e : nlohmann::json::parse(json)) {
+    if (e["data"]) e["zero"] = false;
+    const bool joins = !last.is_null() && last["data"] == e["data"] && last["zero"] == e["zero"] &&
+                       last["depth"] == e["depth"] && last["present"] == e["present"] &&
+                       last.contains("offset") == e.contains("offset") &&
+                       (!e.contains("offset") || e["offset"].get<uint64_t>() == last["offset"].get<uint64_t>() +
+                                                                                   last["length"].get<uint64_t>());
+    if (joins) {
+      last["length"] = last["length"].get<uint64_t>() + e["length"].get<uint64_t>();
+    } else {
+      out();
+      last = e;
+    }
+  }
+  out();
+  return t;
 }
 
 class Qcow2Conform : public ::testing::Test {
@@ -48,7 +76,7 @@ class Qcow2Conform : public ::testing::Test {
     if (extra.empty()) {
       auto map = reactor->block_on(map_image(v));
       ASSERT_OK(map);
-      EXPECT_EQ(without_space(map_to_json(*map)), without_space(shell("qemu-img map --output=json " + path))) << path;
+      EXPECT_EQ(joined(map_to_json(*map)), joined(shell("qemu-img map --output=json " + path))) << path;
     }
   }
   void expect_clean(const std::string& path) {
