@@ -56,27 +56,27 @@ class MdTest(harness.VmTest):
             first = len(disks)
             disks += [File(str(f)) for f in mine]
             made[a.name] = (a, mine, size, sha, [f"/dev/vd{chr(97 + first + i)}" for i in range(len(mine))])
-        guest = self.started(Guest("md", disks, tools=("mdadm", "util"), memory=512))
+        guest = self.started(Guest("md", disks, tools=("mdadm", "util"), memory=512), timeout=400)
         for m in ("md_mod", "linear", "raid0", "raid1", "raid456"):
-            guest.run(f"modprobe {m}", timeout=120)
+            guest.run(f"modprobe {m}", timeout=400)
         guest.run("echo 1000000 > /proc/sys/dev/raid/speed_limit_min")
         after = {}
         for n, (name, (a, files, size, sha, devices)) in enumerate(made.items()):
             with self.subTest(array=name):
                 md = f"/dev/md{n}"
-                guest.run(f"mdadm --assemble --run {md} {' '.join(devices)}", timeout=120)
+                guest.run(f"mdadm --assemble --run {md} {' '.join(devices)}", timeout=400)
                 guest.run(f"until grep -q idle /sys/block/md{n}/md/sync_action 2>/dev/null || "
                           f"[ ! -e /sys/block/md{n}/md/sync_action ]; do sleep 1; done", timeout=300)
-                self.assertEqual(guest.run(f"cat /sys/block/md{n}/md/level").strip(), a.level)
+                self.assertEqual(guest.run(f"cat /sys/block/md{n}/md/level", timeout=400).strip(), a.level)
                 self.assertEqual(int(guest.run(f"blockdev --getsize64 {md}")), size)
-                self.assertEqual(guest.run(f"sha256sum {md}", timeout=120).split()[0], sha)
+                self.assertEqual(guest.run(f"sha256sum {md}", timeout=400).split()[0], sha)
                 if a.level in ("raid1", "raid5") and a.gone < 0:
                     guest.run(f"echo check > /sys/block/md{n}/md/sync_action; sleep 1; "
                               f"until grep -q idle /sys/block/md{n}/md/sync_action; do sleep 1; done", timeout=300)
                     self.assertEqual(guest.run(f"cat /sys/block/md{n}/md/mismatch_cnt").strip(), "0")
-                guest.run(f"dd if=/dev/urandom of={md} bs=64k count=40 seek=17 conv=fsync 2>/dev/null", timeout=120)
-                after[name] = guest.run(f"sha256sum {md}", timeout=120).split()[0]
-                guest.run(f"mdadm --stop {md}", timeout=120)
+                guest.run(f"dd if=/dev/urandom of={md} bs=64k count=40 seek=17 conv=fsync 2>/dev/null", timeout=400)
+                after[name] = guest.run(f"sha256sum {md}", timeout=400).split()[0]
+                guest.run(f"mdadm --stop {md}", timeout=400)
         guest.run("sync")
         guest.stop()
         for name, sha in after.items():
