@@ -89,7 +89,7 @@ class Pmem(harness.VmTest):
         g.run("mkfs.ext4 -q /dev/pmem0 && mkdir /e && mount -o dax=always /dev/pmem0 /e")
         self.assertEqual(g.run("pg fill /e/f 32 3").strip(), "filled")
         g.stop()
-        g = self.guest([QemuPmem(str(self.folder / "vm1.pmem"))], qemu="host")  # the same file, QEMU 7.2's own device
+        g = self.guest([QemuPmem(str(self.folder / "vm1.pmem"))], qemu="host", kernel="bookworm")  # QEMU 7.2: own device
         self.up(g)
         g.run("mkdir /e && mount -o dax=always /dev/pmem0 /e")
         self.assertEqual(g.run("pg check /e/f 32 3").strip(), "wrong 0")

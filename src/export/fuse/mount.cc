@@ -128,6 +128,7 @@ Result<std::shared_ptr<PmemMount>> PmemMount::start(PmemMountOptions options) {
       log(LogLevel::kWarn, "pmem", "{}: the kernel cannot resend what the predecessor left: {}", options.directory,
           s.error().message());
   }
+  if (m->adopted_) return m;  // the limits are the mount's and stay
   fuse::BdiOptions bdi;
   bdi.read_ahead_kb = options.read_ahead_kb;
   bdi.dirty_max_bytes = options.dirty_max_bytes;
@@ -176,7 +177,11 @@ void PmemMount::stop(bool keep) {
   if (retry_thread_.joinable()) retry_thread_.join();
   if (!keep) {
     if (Status s = channel_.unmount(); !s) log(LogLevel::kWarn, "pmem", "{}", s.error().message());
-    if (options_.store != nullptr) (void)options_.store->remove("pmem/" + options_.name);
+    if (options_.store != nullptr) {
+      if (auto kept = options_.store->list("pmem/" + options_.name + "/"); kept)
+        for (auto& entry : *kept) (void)options_.store->remove(entry);
+      (void)options_.store->remove("pmem/" + options_.name);
+    }
   }
   std::lock_guard lock(workers_mutex_);
   for (auto& w : workers_) {
@@ -240,16 +245,30 @@ Result<std::shared_ptr<PmemFile>> PmemMount::add(PmemFileOptions o) {
     held_changed_.notify_all();
   }
   if (!file->fd_ready()) {
-    const std::string path = options_.directory + "/" + name;
-    Fd fd(::open(path.c_str(), (file->read_only() ? O_RDONLY : O_RDWR) | O_CLOEXEC));
-    if (!fd) {
-      const int err = errno;
-      remove(name);
-      return fail_errno(err, "pmem: open " + path);
-    }
+    SPILLWAY_TRY(auto fd, open_file(*file, name));
     file->attach(std::move(fd), channel_.fd());
   }
   return file;
+}
+
+// The descriptor a predecessor opened, if there is one. Opening asks the workers, and a thread that waits for them
+// cannot be killed (see agent.h): fine the first time, when no guest depends on a quick restart yet, not later.
+Result<Fd> PmemMount::open_file(const PmemFile& file, const std::string& name) {
+  const std::string key = fmt::format("pmem/{}/{}", options_.name, file.node());
+  if (adopted_)
+    if (auto kept = options_.store->get(key); kept && kept->fds.size() == 1) return std::move(kept->fds[0]);
+  const std::string path = options_.directory + "/" + name;
+  Fd fd(::open(path.c_str(), (file.read_only() ? O_RDONLY : O_RDWR) | O_CLOEXEC));
+  if (!fd) {
+    const int err = errno;
+    remove(name);
+    return fail_errno(err, "pmem: open " + path);
+  }
+  if (options_.store != nullptr) {
+    const int raw = fd.get();
+    SPILLWAY_CHECK(options_.store->put(key, {&raw, 1}, {}));
+  }
+  return fd;
 }
 
 void PmemMount::remove(const std::string& name) {
@@ -264,7 +283,9 @@ void PmemMount::remove(const std::string& name) {
     for (auto& [n, e] : names_) other |= e.file == file;
     if (Status s = save(); !s) log(LogLevel::kWarn, "pmem", "{}", s.error().message());
   }
-  if (file && !other) file->detach();
+  if (!file || other) return;
+  if (options_.store != nullptr) (void)options_.store->remove(fmt::format("pmem/{}/{}", options_.name, file->node()));
+  file->detach();
 }
 
 std::shared_ptr<PmemFile> PmemMount::file_at(uint64_t node, bool* known) const {

@@ -95,6 +95,7 @@ class PmemMount {
   Outcome finish(const Call& call, Status status, std::span<const iovec> payload = {});
   std::shared_ptr<PmemFile> file_at(uint64_t node, bool* known) const;
   fuse_attr attr_of(uint64_t node, const PmemFile* file) const;
+  Result<Fd> open_file(const PmemFile& file, const std::string& name);
   Status save();
 
   const PmemMountOptions options_;

@@ -148,7 +148,7 @@ Answer PmemDevice::region_info(const RegionInfo& asked) const {
     info.argsz = sizeof(RegionInfo) + sizeof(SparseMmap);
   }
   const bool whole = asked.argsz >= info.argsz;
-  if (sparse && whole) info.cap_offset = sizeof(RegionInfo);
+  if (sparse) info.cap_offset = sizeof(RegionInfo);  // QEMU checks it in the short answer as well
   append(a.body, info);
   if (sparse && whole) append(a.body, SparseMmap{1, 1, 0, 1, 0, 0, backing_->size()});
   if (whole) a.fd = backing_->fd();  // one descriptor, with the complete answer only
