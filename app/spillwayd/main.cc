@@ -7,6 +7,7 @@
 
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -113,12 +114,13 @@ int check_only(const Config& config) {
 int run(int argc, char** argv) {
   CLI::App app{"Serves disks to virtual machines out of one shared host cache"};
   std::string config_file, level = "info";
-  bool check = false, capabilities = false;
+  bool check = false, capabilities = false, unshare = false;
   int store_fd = -1;
   app.add_option("--config", config_file, "The TOML file, see spillway.toml(5)");
   app.add_flag("--check", check, "Look at the config and what it names, touch nothing, exit 0 or 2");
   app.add_option("--log-level", level, "debug, info, warn or error")
       ->check(CLI::IsMember({"debug", "info", "warn", "error"}));
+  app.add_flag("--unshare", unshare, "Copy extents that a tenant's disk shares with another tenant's (P6)");
   app.add_flag("--print-capabilities", capabilities,
                "What this program serves, as JSON (vhost-user backend conventions)");
   app.add_option("--store-fd", store_fd)->group("");  // the holder's socket: not for people
@@ -140,9 +142,12 @@ int run(int argc, char** argv) {
   }
   auto config = Config::load(config_file);
   if (!config) return report(config.error(), kExitUsage);
+  config->host.unshare = config->host.unshare || unshare;
   if (check) return check_only(*config);
   if (store_fd >= 0) return run_worker(*config, store_fd);
-  return run_holder({argv[0], "--config", config_file, "--log-level", level});
+  std::vector<std::string> worker{argv[0], "--config", config_file, "--log-level", level};
+  if (unshare) worker.push_back("--unshare");
+  return run_holder(worker);
 }
 
 }  // namespace

@@ -291,6 +291,8 @@ Status read_host(Section& s, HostConfig& h) {
   if (reactors != 0 && !h.cpus.empty()) return s.wrong("reactors", "give cpus or reactors, not both");
   if (h.cpus.empty()) h.cpus.assign(reactors != 0 ? reactors : 0, -1);
   SPILLWAY_CHECK(s.boolean("psi", h.psi));
+  SPILLWAY_CHECK(s.boolean("unshare", h.unshare));
+  SPILLWAY_CHECK(s.number("extent_check_s", h.extent_check_s, 0, 86400));
   return {};
 }
 
@@ -548,6 +550,8 @@ std::string Config::dump() const {
   for (int c : host.cpus) cpus.push_back(c);
   if (!cpus.empty()) h.insert_or_assign("cpus", std::move(cpus));
   if (!host.psi) h.insert_or_assign("psi", false);
+  put_true(h, "unshare", host.unshare);
+  if (host.extent_check_s != 60) h.insert_or_assign("extent_check_s", static_cast<int64_t>(host.extent_check_s));
   cache.insert_or_assign("size", static_cast<int64_t>(host.cache_size));
   put_size(cache, "dirty", host.cache_dirty, 0);
   put_size(cache, "nodes", host.nodes, 1);

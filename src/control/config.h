@@ -97,6 +97,8 @@ struct HostConfig {
   uint64_t cache_size = 256 * kMiB;
   uint64_t cache_dirty = 0;        // 0 = a quarter of the size
   uint32_t nodes = 1;              // NUMA nodes of the cache
+  bool unshare = false;            // copy extents that a tenant's disk shares with another's, instead of refusing (P6)
+  uint32_t extent_check_s = 60;    // how often to look for such extents while running; 0 = at the start only
   bool psi = true;                 // watch the system's memory pressure
 };
 

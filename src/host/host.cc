@@ -164,6 +164,7 @@ Task<Status> Host::build() {
     auto opened = co_await graph_->open(name);
     if (!opened) co_return fail(opened.error());
   }
+  SPILLWAY_CO_CHECK(co_await refuse_shared_extents());
   for (auto& [name, e] : config_.exports) {
     const CacheMode mode = e.device == "virtio-pmem" ? CacheMode::kNone : e.cache;
     auto volume = co_await graph_->open_cached(e.volume, mode, tenant_of(e.group));
@@ -195,7 +196,45 @@ Task<Status> Host::build() {
     }
   }
   cache_->refresh_entitlements();
+  if (config_.host.extent_check_s != 0) {
+    watching_.add();
+    Reactor::current().spawn(watch_extents());
+  }
   co_return start_pressure();
+}
+
+Task<Status> Host::refuse_shared_extents() {
+  extents_ = std::make_unique<ExtentWatch>(config_, *blocking_);
+  SPILLWAY_CO_TRY(auto found, co_await extents_->look());
+  if (found.empty()) co_return Status{};
+  co_return fail(config_.disks.at(found[0].disk).where.error("path", found[0].text + " (--unshare copies them)"));
+}
+
+// Sharing can come later (cp --reflink of a running disk). Then the exports that write the disk end: what they would
+// tell each other by the time of a copy-on-write is worse than a disk that is gone.
+Task<void> Host::watch_extents() {
+  while (!stopping_) {
+    IoAwait pause = Reactor::current().sleep_for(uint64_t{config_.host.extent_check_s} * 1'000'000'000);
+    extent_timer_ = &pause;
+    co_await pause;
+    extent_timer_ = nullptr;
+    if (stopping_) break;
+    auto found = co_await extents_->look();
+    if (!found) {
+      log(LogLevel::kWarn, "extents", "{}", found.error().message());
+      continue;
+    }
+    for (auto& f : *found)
+      for (auto& name : extents_->writers_of(f.disk)) {
+        auto it = exports_.find(name);
+        if (it == exports_.end()) continue;
+        log(LogLevel::kError, "extents", "{}: export {} ends; `unshare = true` in [host] would copy them", f.text, name);
+        std::unique_ptr<Export> ended = std::move(it->second);
+        exports_.erase(it);
+        co_await ended->stop(false);
+      }
+  }
+  watching_.done();
 }
 
 // systemd's variables when they are set, else the best the host offers. A machine without any source is served all
@@ -221,6 +260,9 @@ Task<Status> Host::stop() {
   auto keep_first = [&](Status s) {
     if (!s && first) first = std::move(s);
   };
+  stopping_ = true;
+  if (extent_timer_ != nullptr) Reactor::current().cancel(*extent_timer_);
+  co_await watching_.wait_idle();
   if (pressure_) pressure_->stop_thread();
   for (auto& [name, e] : exports_) co_await e->stop(false);
   exports_.clear();

@@ -17,6 +17,7 @@
 #include "src/cache/cache.h"
 #include "src/control/config.h"
 #include "src/export/export.h"
+#include "src/host/extent_watch.h"
 #include "src/host/graph.h"
 #include "src/host/pmem.h"
 #include "src/io/blocking_pool.h"
@@ -48,6 +49,8 @@ class Host {
   Status make_groups();
   Task<Status> build();
   Status start_pressure();
+  Task<Status> refuse_shared_extents();
+  Task<void> watch_extents();
   Result<reclaim::GroupRef> group_named(const nlohmann::json& args, const char* key);
   Result<GroupId> group_id(const std::string& name);
   std::string tenant_of(const std::string& group) const;
@@ -71,6 +74,10 @@ class Host {
   std::unique_ptr<Cache> cache_;
   std::unique_ptr<Graph> graph_;
   std::unique_ptr<PmemHost> pmem_;
+  std::unique_ptr<ExtentWatch> extents_;
+  IoAwait* extent_timer_ = nullptr;  // the pause between two looks; null while one runs
+  bool stopping_ = false;
+  AsyncCounter watching_;
   std::map<std::string, std::unique_ptr<Export>> exports_;
   std::unique_ptr<reclaim::PressureMonitor> pressure_;
 };
