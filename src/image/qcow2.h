@@ -6,8 +6,8 @@
 // incompatible features.
 //
 // Volume semantics: block_size 512 whatever the members have. discard_granularity is the cluster. resize grows.
-// close() makes the image clean and closes file and data file, not the backing volume, which may be shared: whoever
-// opened that closes it.
+// close() of a writable image makes it clean and closes file and data file. A read-only one closes nothing, and nobody
+// closes the backing volume: they may be shared; whoever opened them closes them.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,8 @@
 // Unit tests of images that need no other program. Conformance with QEMU: tests/conform/qcow2_test.cc.
 #include <spillway/reclaim/registry.h>
 
+#include <thread>
+
 #include "src/image/compress.h"
 #include "src/image/qcow2_format.h"
 #include "src/image/testing.h"
@@ -308,6 +310,51 @@ TEST(Qcow2Resize, Grows_HidesBacking_AndChecksClean) {
     auto report = reactor.block_on(check_qcow2(file, Qcow2Repair::kNone));
     EXPECT_EQ(report->errors + report->leaks, 0u) << check_to_text(*report);
   }
+}
+
+// Several reactors on one image: the owner, flights, flush cycles and the drain of requests cross threads.
+TEST(Qcow2Threads, WritersOnSeveralReactors_AllLand_AndCheckClean) {
+  auto first = UringReactor::create(64);
+  if (!first) GTEST_SKIP() << "no io_uring: " << first.error().message();
+  VolumePtr file = *make_memory("file", 4096, 512);
+  Qcow2CreateOptions c;
+  c.virtual_size = 8 * kMiB;
+  c.cluster_size = 4096;
+  ASSERT_OK((*first)->block_on(create_qcow2(file, c)));
+  auto image = (*first)->block_on(open_qcow2("img", file, {}));
+  ASSERT_OK(image);
+  constexpr int kThreads = 3;
+  // Sector i belongs to thread i % kThreads: clusters are shared, sectors are not.
+  std::vector<std::vector<int>> model(kThreads, std::vector<int>(8 * kMiB / 512));
+  std::vector<std::string> errors(kThreads);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t)
+    threads.emplace_back([&, t] {
+      auto reactor = UringReactor::create(64);
+      if (!reactor) return;
+      std::mt19937_64 random(static_cast<uint64_t>(t) + 1);
+      for (int i = 0; i < 600 && errors[t].empty(); ++i) {
+        const uint64_t sector = random() % (model[t].size() / kThreads) * kThreads + static_cast<uint64_t>(t);
+        const int v = static_cast<int>(random() % 255 + 1);
+        model[t][sector] = v;
+        Status s = (*reactor)->block_on(write_at(*image, sector * 512, filled(512, v)));
+        if (s && i % 40 == 39) s = (*reactor)->block_on((*image)->flush(IoContext{}));
+        // The last MiB is nobody's: discards make frees and drains.
+        if (s && i % 20 == 19) s = (*reactor)->block_on((*image)->discard(IoContext{}, 7 * kMiB, kMiB));
+        if (s && i % 20 == 9) s = (*reactor)->block_on(write_at(*image, 7 * kMiB, filled(65536, 1)));
+        if (!s) errors[t] = s.error().message();
+      }
+    });
+  for (auto& t : threads) t.join();
+  for (auto& e : errors) EXPECT_EQ(e, "");
+  auto now = (*first)->block_on(read_all(*image, 7 * kMiB));
+  ASSERT_OK(now);
+  for (uint64_t i = 0; i < 7 * kMiB / 512; ++i)
+    ASSERT_EQ((*now)[i * 512], static_cast<std::byte>(model[i % kThreads][i])) << "sector " << i;
+  ASSERT_OK((*first)->block_on((*image)->close()));
+  auto report = (*first)->block_on(check_qcow2(file, Qcow2Repair::kNone));
+  ASSERT_OK(report);
+  EXPECT_EQ(report->errors + report->leaks, 0u) << check_to_text(*report);
 }
 
 // P8: lookups and memory do not depend on fragmentation; 10^5 fragments.
