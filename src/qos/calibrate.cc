@@ -166,6 +166,7 @@ Task<Result<Calibration>> calibrate(VolumePtr leaf, CalibrateOptions options) {
       flushes[at].push_back(m->flushes_s);
     }
   Calibration c;
+  c.model.calibrated = true;
   double most = 0;
   for (size_t i = 0; i < first_cost; ++i) {
     c.curve.push_back({shapes[i].depth, median(ops[i])});

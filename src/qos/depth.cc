@@ -5,12 +5,17 @@
 
 namespace spillway {
 
-DepthControl::DepthControl(uint32_t initial, uint32_t least, uint32_t most)
-    : knee_(std::clamp(initial, least, most)), least_(least), most_(most), limit_(most), fits_(most) {}
+DepthControl::DepthControl(uint32_t initial, uint32_t least, uint32_t most, uint32_t floor)
+    : knee_(std::clamp(initial, least, most)),
+      least_(least),
+      most_(most),
+      floor_(std::clamp(floor, least, knee_)),
+      limit_(most),
+      fits_(most) {}
 
 uint32_t DepthControl::candidate() const {
   const uint32_t d = up_ ? knee_ + std::max(1u, knee_ / 4) : knee_ - std::min(knee_, std::max(1u, knee_ / 5));
-  return std::clamp(d, least_, most_);
+  return std::clamp(d, floor_, most_);
 }
 
 uint32_t DepthControl::depth() const {

@@ -26,7 +26,8 @@ namespace spillway {
 
 class DepthControl {
  public:
-  DepthControl(uint32_t initial, uint32_t least, uint32_t most);
+  // floor: the knee is not looked for below it (the limit for shares may still be).
+  DepthControl(uint32_t initial, uint32_t least, uint32_t most, uint32_t floor = 0);
   uint32_t depth() const;     // to be used now
   uint32_t knee() const { return knee_; }
   // A window has ended. rate: work per time; saturated: work was queued all the time; lost: part of the work that
@@ -44,7 +45,7 @@ class DepthControl {
   void decide();
   void next_probe(bool taken);
 
-  uint32_t knee_, least_, most_;
+  uint32_t knee_, least_, most_, floor_;
   uint32_t limit_;             // for the sake of shares, by what was lost; most_ when there is none
   uint32_t calm_ = 0;          // windows without loss since the limit changed
   uint32_t fits_;              // the same, by Little's law

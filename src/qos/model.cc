@@ -38,6 +38,7 @@ std::string QosModel::to_text() const {
 
 Result<QosModel> QosModel::parse(std::string_view text) {
   QosModel m;
+  m.calibrated = true;
   while (!text.empty()) {
     const size_t end = std::min(text.find('\n'), text.size());
     const std::string_view line = text.substr(0, end);

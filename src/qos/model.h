@@ -40,6 +40,11 @@ struct QosModel {
   double other_ns = 20'000;  // discard, write_zeroes
   uint32_t depth = 32;       // the knee: in-flight requests beyond which throughput does not grow
 
+  // Measured on this disk with small requests, which need the most depth: the search for the knee while it runs, where
+  // larger ones may be at work, then stays above kDepthFloor of `depth`. Parsed models are calibrated ones.
+  bool calibrated = false;
+  static constexpr double kDepthFloor = 0.8;
+
   // "key value" lines; parse names the line it does not understand. Round-trips.
   std::string to_text() const;
   static Result<QosModel> parse(std::string_view text);
@@ -66,7 +71,7 @@ class CostTable {
   QosModel current() const;  // any thread: the corrections at 4 and 128 KiB folded in
 
  private:
-  static constexpr double kPure = 0.9, kGain = 0.1, kLeast = 1.0 / 64, kMost = 64;
+  static constexpr double kPure = 0.97, kGain = 0.2, kLeast = 1.0 / 64, kMost = 64;
   void publish(size_t kind, size_t cls);
 
   QosModel model_;

@@ -158,7 +158,8 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
         options_(options),
         domain_(std::move(domain)),
         costs_(options.model),
-        control_(options.depth != 0 ? options.depth : options.model.depth, options.depth_min, options.depth_max) {
+        control_(options.depth != 0 ? options.depth : options.model.depth, options.depth_min, options.depth_max,
+                 options.model.calibrated ? static_cast<uint32_t>(options.model.depth * QosModel::kDepthFloor) : 0) {
     depth_.store(control_.depth(), std::memory_order_relaxed);
     knee_.store(control_.knee(), std::memory_order_relaxed);
     leaves_.resize(kSlots, nullptr);
@@ -462,7 +463,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   Totals at_start_;
   // What a slot had at the window's start, and how many requests it has outstanding on average.
   struct SlotWindow {
-    uint64_t cost_ns = 0, ios = 0;
+    uint64_t cost_ns = 0, device_ns = 0, ios = 0;
     double outstanding = 0;
   };
   std::map<uint32_t, SlotWindow> slot_windows_;
@@ -503,6 +504,10 @@ void Qos::roll_window(uint64_t now) {
   const double lost = static_cast<double>(tree_.take_lost());
   if (saturated) {
     speed_.store(all / static_cast<double>(elapsed), std::memory_order_relaxed);
+  }
+  // What is learned is throughput at depth, whether requests wait here or, half a knee deep, in the device.
+  const double in_device = static_cast<double>(t.device_ns - at_start_.device_ns) / static_cast<double>(elapsed);
+  if (!first && completions >= kWindowCompletions && (saturated || in_device >= control_.knee() / 2.0)) {
     if (options_.adapt_cost && costs_.learn(predicted, static_cast<double>(elapsed))) bump(updates_);
   }
   if (options_.adapt_cost)
@@ -526,7 +531,7 @@ void Qos::roll_window(uint64_t now) {
 double Qos::in_flight_that_fits(uint64_t now) {
   if (domain_->generation() != generation_) refresh(now);
   struct Sum {
-    uint64_t started = 0, cost_ns = 0, ios = 0;
+    uint64_t started = 0, cost_ns = 0, device_ns = 0, ios = 0;
   };
   std::map<uint32_t, Sum> sums;
   for_each_reactor([&](const PerReactor& r) {
@@ -534,15 +539,16 @@ double Qos::in_flight_that_fits(uint64_t now) {
       Sum& s = sums[c.slot];
       for (auto& n : c.ios) s.ios += get(n);
       s.cost_ns += get(c.cost_ns);
+      s.device_ns += get(c.device_ns);
       s.started += get(c.started);
     });
   });
   std::vector<SfqTree::Node*> active;
-  std::vector<double> outstanding, cost;
+  std::vector<double> outstanding, stay;  // stay: time in the device by cost
   for (auto& [slot, s] : sums) {
     SlotWindow& w = slot_windows_[slot];
-    const uint64_t ios = s.ios - w.ios, cost_ns = s.cost_ns - w.cost_ns;
-    w.cost_ns = s.cost_ns, w.ios = s.ios;
+    const uint64_t ios = s.ios - w.ios, cost_ns = s.cost_ns - w.cost_ns, device_ns = s.device_ns - w.device_ns;
+    w.cost_ns = s.cost_ns, w.device_ns = s.device_ns, w.ios = s.ios;
     // The counters of other reactors may be a request apart.
     const double q = s.started > s.ios ? static_cast<double>(s.started - s.ios) : 0;
     w.outstanding = w.outstanding == 0 ? q : 0.7 * w.outstanding + 0.3 * q;
@@ -552,14 +558,14 @@ double Qos::in_flight_that_fits(uint64_t now) {
     }
     active.push_back(leaf_node(slot));
     outstanding.push_back(w.outstanding);
-    cost.push_back(std::max(1.0, static_cast<double>(cost_ns) / static_cast<double>(ios)));
+    stay.push_back(static_cast<double>(device_ns + 1) / static_cast<double>(cost_ns + 1));
   }
   if (active.size() < 2) return 0;
   const std::vector<double> share = tree_.shares(active);
   double all = 0, least = 0;
-  for (size_t i = 0; i < active.size(); ++i) all += share[i] / cost[i];
+  for (size_t i = 0; i < active.size(); ++i) all += share[i] * stay[i];
   for (size_t i = 0; i < active.size(); ++i) {
-    const double fits = outstanding[i] * all * cost[i] / share[i];
+    const double fits = outstanding[i] * all / (share[i] * stay[i]);
     if (fits >= control_.knee() / 2.0 && (least == 0 || fits < least)) least = fits;
   }
   return least;
