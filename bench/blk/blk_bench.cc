@@ -256,7 +256,7 @@ double ratio(const std::vector<double>& a, const std::vector<double>& b) {
 }
 
 std::string cached_config(const std::string& disk, const std::string& socket, int mib, const char* mode, int dirty_mib) {
-  return "[host]\nreactors = 1\n[cache]\nsize = \"" + std::to_string(mib) + "M\"\ndirty = \"" + std::to_string(dirty_mib) +
+  return "[host]\nreactors = 1\npsi = false\ncontrol = \"" + socket + ".control\"\n[cache]\nsize = \"" + std::to_string(mib) + "M\"\ndirty = \"" + std::to_string(dirty_mib) +
          "M\"\n[disk.d]\npath = \"" + disk + "\"\n[export.v]\ndevice = \"virtio-blk\"\nvolume = \"d\"\nqueues = 1\ncache = \"" +
          mode + "\"\nsocket = \"" + socket + "\"\n";
 }
@@ -415,7 +415,7 @@ void qcow2(Bench& b) {
     std::exit(2);
   }
   Server ours{"spillway", b.dir + "/a.sock", nullptr}, qsd{"qsd", b.dir + "/b.sock", nullptr};
-  const std::string config = "[host]\nreactors = 1\n[cache]\nsize = \"" + std::to_string(2 * b.size_mib) +
+  const std::string config = "[host]\nreactors = 1\npsi = false\ncontrol = \"" + ours.socket + ".control\"\n[cache]\nsize = \"" + std::to_string(2 * b.size_mib) +
                              "M\"\n[disk.f]\npath = \"" + image + "\"\n[volume.v]\nlayer = \"qcow2\"\nmembers = [\"f\"]\n" +
                              "[export.v]\ndevice = \"virtio-blk\"\nvolume = \"v\"\nreadonly = true\nsocket = \"" + ours.socket + "\"\n";
   ours.child = b.daemon("qcow2", config, 0, ours.socket);

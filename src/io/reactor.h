@@ -5,7 +5,8 @@
 //
 // States of a UringReactor: created -> running (run() on the thread that owns it) -> stopped.
 // Thread-safety: everything is for the reactor's own thread, except `post`, `stop` and `now_ns`, which any thread may
-// call. `current()` is the reactor that runs on this thread.
+// call. `current()` is the reactor that runs on this thread. Destroy a reactor only after the threads that may post to it
+// have ended: what they post can run before post() has returned.
 #pragma once
 
 #include <sys/uio.h>

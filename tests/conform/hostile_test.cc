@@ -31,7 +31,7 @@ struct Hostile : ::testing::Test {
       o.socket = dir + "/" + o.name;
       o.queues = 2;
       o.reactors = pool.get();
-      o.blocking = &blocking;
+      o.blocking = blocking.get();
       exports.push_back(std::move(*start_vhost_user(o)));
     }
     ASSERT_TRUE(good.connect(dir + "/good"));
@@ -49,13 +49,14 @@ struct Hostile : ::testing::Test {
     c.disconnect();
     for (auto& e : exports) main->block_on(e->stop(false));
     exports.clear();
+    blocking.reset();
     pool.reset();
     std::filesystem::remove_all(dir);
   }
   std::string dir;
-  BlockingPool blocking{1};
+  std::unique_ptr<UringReactor> main;  // outlives the pool, which posts to it
   std::unique_ptr<ReactorPool> pool;
-  std::unique_ptr<UringReactor> main;
+  std::unique_ptr<BlockingPool> blocking = std::make_unique<BlockingPool>(1);
   std::vector<std::unique_ptr<Export>> exports;
   Client good;
 };
@@ -196,12 +197,16 @@ TEST_F(Hostile, memory_rewritten_while_it_is_processed) {
       ASSERT_TRUE(c.connect(dir + "/bad"));
       ASSERT_TRUE(c.start({.features = features, .size = 32}));
       std::atomic<bool> stop{false};
+      // A mapping of its own, as another process would have.
+      auto* memory = static_cast<volatile uint8_t*>(::mmap(nullptr, Client::kMemory, PROT_READ | PROT_WRITE, MAP_SHARED,
+                                                           c.memfd_.get(), 0));
+      ASSERT_NE(memory, MAP_FAILED);
       std::thread scribbler([&] {
         std::mt19937 g(static_cast<unsigned>(round));
         auto& r = c.rings[0].ring;
         while (!stop.load()) {
           const uint64_t at = g() % 4 == 0 ? r.desc_at + g() % (16 * 32) : Client::kBuffers + g() % 8192;
-          reinterpret_cast<volatile uint8_t*>(c.memory())[at] = static_cast<uint8_t>(g());
+          memory[at] = static_cast<uint8_t>(g());
         }
       });
       std::mt19937 g(static_cast<unsigned>(round) + 100);
@@ -216,6 +221,7 @@ TEST_F(Hostile, memory_rewritten_while_it_is_processed) {
       }
       stop = true;
       scribbler.join();
+      ::munmap(const_cast<uint8_t*>(memory), Client::kMemory);
       c.disconnect();
     }
   }

@@ -28,7 +28,7 @@ std::string temp_dir() {
 struct Server {
   explicit Server(uint32_t queues = 2, FdStore* store = nullptr, VolumePtr v = nullptr, size_t reactors = 2,
                   std::string reuse_dir = {})
-      : dir(reuse_dir.empty() ? temp_dir() : reuse_dir), own_dir(reuse_dir.empty()), blocking(1) {
+      : dir(reuse_dir.empty() ? temp_dir() : reuse_dir), own_dir(reuse_dir.empty()) {
     pool = std::move(*ReactorPool::start(std::vector<int>(reactors, -1)));
     main = std::move(*UringReactor::create(64));
     volume = v != nullptr ? v : *make_memory("m", kSize);
@@ -56,9 +56,9 @@ struct Server {
   }
   std::string dir;
   bool own_dir;
-  BlockingPool blocking;
+  std::unique_ptr<UringReactor> main;  // outlives the pool, which posts to it
   std::unique_ptr<ReactorPool> pool;
-  std::unique_ptr<UringReactor> main;
+  BlockingPool blocking{1};             // ends before the reactors that it posts to
   VolumePtr volume;
   ExportOptions o;
   std::unique_ptr<Export> e;
