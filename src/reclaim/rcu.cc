@@ -64,7 +64,7 @@ namespace {
 struct alignas(64) Lane {
   std::atomic<Head*> incoming{nullptr};
   std::atomic<std::uint32_t> in_flight{0};
-  Head* batch = nullptr;  // owned by whoever has in_flight
+  std::atomic<Head*> batch{nullptr};  // owned by whoever has in_flight; release to the RCU worker
   rcu_head marker{};
 };
 constexpr unsigned kLanes = 8;
@@ -77,8 +77,9 @@ void batch_done(rcu_head* marker) noexcept;
 // With in_flight taken.
 void start_batch(Lane& lane) noexcept {
   for (;;) {
-    lane.batch = lane.incoming.exchange(nullptr);
-    if (lane.batch != nullptr) {
+    Head* const taken = lane.incoming.exchange(nullptr);
+    if (taken != nullptr) {
+      lane.batch.store(taken, std::memory_order_release);
       urcu_bp_call_rcu(&lane.marker, batch_done);
       return;
     }
@@ -90,7 +91,7 @@ void start_batch(Lane& lane) noexcept {
 void batch_done(rcu_head* marker) noexcept {
   auto& lane = *reinterpret_cast<Lane*>(reinterpret_cast<char*>(marker) - offsetof(Lane, marker));
   Head* fifo = nullptr;  // oldest first: a barrier's marker comes after what was retired before it
-  for (Head* h = lane.batch; h != nullptr;) {
+  for (Head* h = lane.batch.load(std::memory_order_acquire); h != nullptr;) {
     Head* next = next_of(h);
     next_of(h) = fifo;
     fifo = h;

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <thread>
 
 namespace {
@@ -12,7 +13,10 @@ struct alignas(64) Line {
   std::atomic<unsigned> v{0};
 };
 
-constexpr int kRounds = 100'000;
+// SPILLWAY_LITMUS_ROUNDS for more: a weak outcome wants many.
+const unsigned kRounds = std::getenv("SPILLWAY_LITMUS_ROUNDS") != nullptr
+                             ? static_cast<unsigned>(std::atoi(std::getenv("SPILLWAY_LITMUS_ROUNDS")))
+                             : 5000;
 
 // Runs a and b once per round, together; `forbidden` looks at the results after each.
 template <class A, class B, class Check>
@@ -22,7 +26,7 @@ int rounds(A a, B b, Check forbidden) {
   std::thread t([&] {
     for (unsigned i = 1; i <= kRounds; ++i) {
       for (int spin = 0; start.load() != i; ++spin) {
-        if (spin > 1000) std::this_thread::yield();
+        if (spin > 100) std::this_thread::yield();
       }
       b();
       done.store(i);
@@ -32,7 +36,7 @@ int rounds(A a, B b, Check forbidden) {
     start.store(i);
     a();
     for (int spin = 0; done.load() != i; ++spin) {
-      if (spin > 1000) std::this_thread::yield();
+      if (spin > 100) std::this_thread::yield();
     }
     seen += forbidden();
   }
