@@ -462,6 +462,20 @@ bool FilterVolume::write_present(Binding& b, uint64_t page, size_t in, size_t n,
   return true;
 }
 
+PendingRead* FilterVolume::join_pending(Binding& b, uint64_t page) {
+  Leaf* leaf = node_.index.lock(page / kLeafPages);
+  if (leaf == nullptr) return nullptr;
+  const unsigned i = page % kLeafPages;
+  ViewChunk* chunk = leaf->chunk(b.slot);
+  PendingRead* p = nullptr;
+  if (chunk != nullptr && (chunk->get(i) & page_state::kLoading) != 0 && chunk->has(i)) {
+    p = leaf->find_pending(b.tenant, i);
+    if (p != nullptr) p->refs.fetch_add(1, std::memory_order_relaxed);
+  }
+  node_.index.unlock(leaf);
+  return p;
+}
+
 // A whole page that is not in the view: it joins with what the guest writes; nothing is read. False: no room.
 bool FilterVolume::write_absent(Binding& b, uint64_t page, Iov iov, uint64_t skip) {
   using namespace page_state;
@@ -470,11 +484,18 @@ bool FilterVolume::write_absent(Binding& b, uint64_t page, Iov iov, uint64_t ski
   const unsigned i = page % kLeafPages;
   const int numa = c_.numa_of(number);
   ViewList& list = t.lists[static_cast<size_t>(numa)];
-  if (!c_.make_room(t, numa, 1)) return false;
+  bool member = false;  // in the view already, being read: needs no room, whether the read is over or not
+  {
+    RcuGuard rcu;
+    Leaf* l = node_.index.find(number);
+    ViewChunk* c = l != nullptr ? l->chunk(b.slot) : nullptr;
+    member = c != nullptr && c->has(i);
+  }
+  if (!member && !c_.make_room(t, numa, 1)) return false;
   const FrameId fresh = c_.store->alloc(numa);
   if (fresh == kNoFrame) {
     c_.shortage.fetch_add(1, std::memory_order_relaxed);
-    c_.uncharge(t, numa, 1);
+    if (!member) c_.uncharge(t, numa, 1);
     return false;
   }
   // Filled before anybody can see it: it held somebody else's data.
@@ -493,9 +514,14 @@ bool FilterVolume::write_absent(Binding& b, uint64_t page, Iov iov, uint64_t ski
       SPILLWAY_ASSERT(p != nullptr);
       p->dropped |= bit(i - p->first);
       chunk->loaded(i);
+      chunk->use(i, s);
     } else if ((s & kPresent) == 0) {
       list.insert(*chunk, i, false);
       used_charge = true;
+      // Evicted by another thread since the look above: existing memory, charged without asking.
+      if (member) t.group->charge(kPageSize, numa);
+    } else {
+      chunk->use(i, s);
     }
     const bool joins = (s & (kPresent | kLoading)) != kPresent;
     if (f == kNoFrame) {
@@ -516,7 +542,7 @@ bool FilterVolume::write_absent(Binding& b, uint64_t page, Iov iov, uint64_t ski
     c_.put(f);
   }
   c_.put(fresh);
-  if (!used_charge) c_.uncharge(t, numa, 1);
+  if (!used_charge && !member) c_.uncharge(t, numa, 1);
   if (was_empty && used_charge) c_.shrinker.set_bit(*t.group, numa);
   c_.note_peak();
   return true;
@@ -557,6 +583,14 @@ Task<Status> FilterVolume::write_slow(Binding& b, IoContext ctx, uint64_t offset
       if (!s) co_return s;
     }
     bool written = write_present(b, page, in, n, iov, done);
+    // Part of a page that is being read for this tenant: not a read of its own, so that it counts the same either way.
+    while (!written && n != kPageSize) {
+      PendingRead* p = join_pending(b, page);
+      if (p == nullptr) break;
+      if (!p->done.is_set()) co_await p->done.wait();
+      drop(p);
+      written = write_present(b, page, in, n, iov, done);
+    }
     if (!written && n == kPageSize) written = write_absent(b, page, iov, done);
     // Part of an absent page: the rest is read first. It may be evicted again before we get to it, a few times.
     for (int attempt = 0; !written && n != kPageSize && attempt < 4; ++attempt) {

@@ -99,6 +99,7 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
 
   bool write_present(Binding& b, uint64_t page, size_t in, size_t n, Iov iov, uint64_t skip);
   Task<Status> write_slow(Binding& b, IoContext ctx, uint64_t offset, Iov iov, uint64_t skip);
+  PendingRead* join_pending(Binding& b, uint64_t page);  // with a reference; null: none under way
   bool write_absent(Binding& b, uint64_t page, Iov iov, uint64_t skip);
   Task<Status> throttle(Binding& b);
   Task<Status> through(Binding& b, IoContext ctx, uint64_t offset, uint64_t length);

@@ -91,7 +91,8 @@ Task<Status> Cache::Impl::write_batch(DirtySet& set, const DirtySet::Page* pages
     const FrameId f = pages[k].frame;
     Frame& fr = store->frame(f);
     fr.writeback = false;
-    if (!s && !fr.dirty) {
+    if (!s) {
+      // Also when somebody else dirtied it meanwhile: that put it into that tenant's set, and ours is not down.
       fr.dirty = true;
       set.push(pages[k].page, f);
     }
