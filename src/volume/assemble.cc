@@ -154,9 +154,9 @@ MkfsAdvice advise_mkfs(const Volume& volume, std::string_view device) {
     a.reason = fmt::format("a chunk is {} and {} of them make a full stripe, which is written without reading first",
                            format_size(a.su), a.sw);
   }
-  // An allocation group per region that seeks on its own: XFS spreads directories over groups, hence over disks.
+  // (Below kMinGroup mkfs.xfs finds no room for its log.) An allocation group per region that seeks on its own: XFS spreads directories over groups, hence over disks.
   const uint64_t region = g.independent_region;
-  constexpr uint64_t kMinGroup = 16 * kMiB, kMaxGroup = kTiB - 4096;
+  constexpr uint64_t kMinGroup = 128 * kMiB, kMaxGroup = kTiB - 4096;
   if (region >= kMinGroup && region < volume.size()) {
     uint64_t group = region;
     while (group > kMaxGroup) group = (group / 2 % 4096 == 0) ? group / 2 : 0;

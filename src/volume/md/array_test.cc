@@ -2,6 +2,10 @@
 #include <fmt/core.h>
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
+#include <cstdio>
+#include <filesystem>
 #include <functional>
 
 #include "src/io/sim_reactor.h"
@@ -634,7 +638,25 @@ TEST(Advice, names_chunk_width_and_region) {  // V3
   VolumePtr top = make_linear("top", sets).value();
   const MkfsAdvice a = advise_mkfs(*top, "/dev/vda");
   EXPECT_EQ(a.command, "mkfs.xfs -d su=64k,sw=4,agsize=268435456 /dev/vda");
+  EXPECT_EQ(a.agsize, sets[0]->size());
+  const uint64_t size = top->size();
   EXPECT_TRUE(sim.block_on(top->close()));
+  if (std::system("command -v mkfs.xfs >/dev/null 2>&1") != 0) GTEST_SKIP() << "mkfs.xfs is not installed";
+  const std::string image = (std::filesystem::temp_directory_path() / fmt::format("spillway-mkfs-{}", ::getpid())).string();
+  std::FILE* f = std::fopen(image.c_str(), "w");
+  ASSERT_NE(f, nullptr);
+  ASSERT_EQ(::ftruncate(::fileno(f), static_cast<off_t>(size)), 0);
+  std::fclose(f);
+  // -N: says what it would do, writes nothing.
+  const std::string command = advise_mkfs(*top, image).command;
+  FILE* p = ::popen((command + " -N 2>&1").c_str(), "r");
+  std::string out;
+  char line[256];
+  while (std::fgets(line, sizeof line, p) != nullptr) out += line;
+  EXPECT_EQ(::pclose(p), 0) << out;
+  std::filesystem::remove(image);
+  EXPECT_SAYS(out, "agcount=2, agsize=65536 blks");
+  EXPECT_SAYS(out, "sunit=16     swidth=64 blks");
 }
 
 }  // namespace

@@ -25,7 +25,9 @@ class Stripe final : public Volume {
       : Volume(std::move(name), members[0]->size() * members.size(), stripe_geometry(members, chunk)),
         members_(std::move(members)),
         chunk_(chunk),
-        shift_(std::has_single_bit(chunk) ? std::countr_zero(chunk) : -1) {}
+        shift_(std::has_single_bit(chunk) ? std::countr_zero(chunk) : -1),
+        count_(members_.size()),
+        reciprocal_(count_ == 1 ? 0 : UINT64_MAX / count_ + 1) {}
 
   std::string_view layer() const override { return "stripe"; }
   std::vector<VolumePtr> members() const override { return members_; }
@@ -64,8 +66,9 @@ class Stripe final : public Volume {
   At locate(uint64_t offset) const {
     const uint64_t index = shift_ >= 0 ? offset >> shift_ : offset / chunk_;
     const uint64_t inside = offset - index * chunk_;
-    const uint64_t row = index / members_.size();
-    return {static_cast<size_t>(index - row * members_.size()), row * chunk_ + inside, inside};
+    // index / members by multiplication: exact while index * members < 2^64, and index is below 2^55.
+    const uint64_t row = count_ == 1 ? index : static_cast<uint64_t>(static_cast<unsigned __int128>(index) * reciprocal_ >> 64);
+    return {static_cast<size_t>(index - row * count_), row * chunk_ + inside, inside};
   }
   Task<Status> spanning(Scatter::Op op, IoContext ctx, uint64_t offset, uint64_t length, Iov iov) {
     // Chunks of one member that follow each other in the volume follow each other on the member.
@@ -89,6 +92,8 @@ class Stripe final : public Volume {
   const std::vector<VolumePtr> members_;
   const uint64_t chunk_;
   const int shift_;  // log2(chunk), -1 when it is no power of two
+  const uint64_t count_;
+  const uint64_t reciprocal_;  // ceil(2^64 / count)
 };
 
 Task<Result<std::vector<Extent>>> Stripe::do_block_status(uint64_t offset, uint64_t length) {
@@ -120,6 +125,7 @@ Task<Result<std::vector<Extent>>> Stripe::do_block_status(uint64_t offset, uint6
 
 Result<VolumePtr> make_stripe(std::string name, std::vector<VolumePtr> members, uint64_t chunk) {
   if (members.empty()) return fail(ErrorKind::kInvalid, fmt::format("volume {}: stripe without members", name));
+  if (members.size() > 512) return fail(ErrorKind::kInvalid, fmt::format("volume {}: {} members", name, members.size()));
   const uint32_t block = combine_geometry(members).block_size;
   if (chunk == 0 || !is_aligned(chunk, block) || chunk > kGiB)
     return fail(ErrorKind::kInvalid, fmt::format("volume {}: chunk {} is no multiple of the block size {}", name,
