@@ -24,7 +24,7 @@ uint32_t DepthControl::depth() const {
 }
 
 void DepthControl::window(double rate, bool saturated, double lost, double fits) {
-  fits_ = fits >= knee_ / 2.0 ? std::clamp(static_cast<uint32_t>(fits * kFitsPart), least_, most_) : most_;
+  fits_ = fits >= knee_ / 3.0 ? std::clamp(static_cast<uint32_t>(fits * kFitsPart), least_, most_) : most_;
   if (!saturated || !(rate > 0)) {
     at_ = 0;
     a_ = b_ = 0;
@@ -33,7 +33,7 @@ void DepthControl::window(double rate, bool saturated, double lost, double fits)
   const uint32_t now = depth();
   if (lost > kLostMost) {
     const auto step = static_cast<uint32_t>(now * std::min(lost, 0.25));
-    limit_ = std::max({least_, knee_ / 2, now - std::min(now, std::max(1u, step))});
+    limit_ = std::max({least_, knee_ / 3, now - std::min(now, std::max(1u, step))});
     calm_ = 0;
   } else if (lost < kLostLeast && limit_ < most_ && ++calm_ >= kCalm) {
     calm_ = 0;

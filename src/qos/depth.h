@@ -13,7 +13,7 @@
 // The second rule keeps weights working. A group that is due the part f of the requests in flight, and has q of them
 // outstanding, cannot get it when more than q / f are in flight altogether (Little's law): all it has is in the device
 // already, and the device's own queue shares by numbers, not by weights. So depth is limited to the least q / f of the
-// groups with q / f of at least half the knee (a tenant with less outstanding than that is limited by itself, and the
+// groups with q / f of at least a third of the knee (a tenant with less outstanding than that is limited by itself, and the
 // disk is not throttled for its sake). What the window's averages miss is corrected by what was really lost
 // (sfq.h, take_lost): while it is more than kLostMost of the work the limit sinks by as much, then rises by one every few windows.
 //

@@ -67,7 +67,7 @@ struct alignas(64) Cell {
   uint32_t next_stream = 0;
   // Read by anyone:
   Counter ios[kIoKinds] = {};
-  Counter read_bytes{0}, written_bytes{0}, cost_ns{0}, queue_ns{0}, device_ns{0}, queued{0}, started{0};
+  Counter read_bytes{0}, written_bytes{0}, cost_ns{0}, queue_ns{0}, device_ns{0}, queued{0}, started{0}, units{0};
   LatencyHistogram latency;
 
   bool continues(bool write, uint64_t offset, uint64_t bytes) {
@@ -122,6 +122,7 @@ struct Meta {
   uint64_t cost = 0;
   uint64_t bytes = 0;
   IoKind kind = IoKind::kOther;
+  uint32_t units = 1;  // what it takes of the depth
   uint8_t cls = 0;
   bool is_write = false;
 };
@@ -230,7 +231,15 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     m.is_write = write;
     m.cls = static_cast<uint8_t>(size_class(bytes));
     m.cost = costs_.cost(m.kind, m.cls, bytes);
+    if (m.cls > 0) m.units = units_of(write ? IoKind::kWriteRandom : IoKind::kReadRandom, m.cls, bytes);
     return m;
+  }
+  // Depth is counted in small requests: a large one occupies the device like several, as far as its cost says so (ten
+  // on a flash disk, one where seeking is all). A quarter of the depth at most, so that four fit in any case.
+  uint32_t units_of(IoKind random, size_t cls, uint64_t bytes) const {
+    const uint64_t small = costs_.cost(random, 0, 4096);
+    const uint64_t most = std::max(1u, depth_.load(std::memory_order_relaxed) / 4);
+    return static_cast<uint32_t>(std::clamp<uint64_t>((costs_.cost(random, cls, bytes) + small / 2) / small, 1, most));
   }
   Meta other(const IoContext& ctx, IoKind kind, uint64_t bytes) {
     Meta m = begin(ctx);
@@ -264,7 +273,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     const uint64_t arrived = reactor.now_ns();
     uint64_t begun = arrived;
     bump(m.cell->started);
-    if (m.cell->capped || !take_slot()) {
+    if (m.cell->capped || !take_slot(m.units)) {
       bump(m.cell->queued);
       Queued queued(*this, m, arrived);
       co_await queued;
@@ -274,7 +283,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     const uint64_t now = reactor.now_ns();
     if (m.kind >= IoKind::kFlush) count_slow(m, now - begun);
     count(m, begun - arrived, now - begun);
-    release_slot(reactor, now);
+    release_slot(reactor, now, m.units);
     co_return status;
   }
 
@@ -282,18 +291,18 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   static uint64_t in_flight(uint64_t slots) { return slots & (kWaiting - 1); }
   static uint64_t waiting(uint64_t slots) { return slots >> 32; }
 
-  bool take_slot() {
+  bool take_slot(uint32_t units) {
     uint64_t s = slots_.load(std::memory_order_relaxed);
     const uint32_t depth = depth_.load(std::memory_order_relaxed);
     while (s < depth)  // so waiting == 0 as well
-      if (slots_.compare_exchange_weak(s, s + 1, std::memory_order_seq_cst, std::memory_order_relaxed)) return true;
+      if (slots_.compare_exchange_weak(s, s + units, std::memory_order_seq_cst, std::memory_order_relaxed)) return true;
     return false;
   }
-  void release_slot(Reactor& reactor, uint64_t now) {
+  void release_slot(Reactor& reactor, uint64_t now, uint32_t units) {
     // seq_cst: orders with the addition to waiting in enqueue; one of the two sees the other (see the header).
-    const uint64_t before = slots_.fetch_sub(1, std::memory_order_seq_cst);
+    const uint64_t before = slots_.fetch_sub(units, std::memory_order_seq_cst);
     // A window must end also while all fits into the device: it may fit too well for shares (depth.h).
-    if (waiting(before) > 0 || (now >= window_end_.load(std::memory_order_relaxed) && before > 1))
+    if (waiting(before) > 0 || (now >= window_end_.load(std::memory_order_relaxed) && before > units))
       arbitrate(reactor, now, nullptr);
   }
   // True when `q` may go on at once.
@@ -312,6 +321,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     bump(c.ios[static_cast<size_t>(m.kind)]);
     if (m.kind < IoKind::kFlush) bump(m.is_write ? c.written_bytes : c.read_bytes, m.bytes);
     bump(c.cost_ns, m.cost);
+    bump(c.units, m.units);
     bump(c.queue_ns, queue_ns);
     bump(c.device_ns, device_ns);
     c.latency.add(queue_ns + device_ns);
@@ -391,8 +401,8 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
         full = false;
         break;
       }
-      slots_.fetch_add(1 - kWaiting, std::memory_order_seq_cst);
       auto* q = static_cast<Queued*>(item);
+      slots_.fetch_add(q->meta.units - kWaiting, std::memory_order_seq_cst);
       q->begun = now;
       if (q->reactor == &reactor) {
         q->next_inbox = nullptr;
@@ -463,7 +473,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   Totals at_start_;
   // What a slot had at the window's start, and how many requests it has outstanding on average.
   struct SlotWindow {
-    uint64_t cost_ns = 0, device_ns = 0, ios = 0;
+    uint64_t cost_ns = 0, device_ns = 0, units = 0, ios = 0;
     double outstanding = 0;
   };
   std::map<uint32_t, SlotWindow> slot_windows_;
@@ -531,7 +541,7 @@ void Qos::roll_window(uint64_t now) {
 double Qos::in_flight_that_fits(uint64_t now) {
   if (domain_->generation() != generation_) refresh(now);
   struct Sum {
-    uint64_t started = 0, cost_ns = 0, device_ns = 0, ios = 0;
+    uint64_t started = 0, cost_ns = 0, device_ns = 0, units = 0, ios = 0;
   };
   std::map<uint32_t, Sum> sums;
   for_each_reactor([&](const PerReactor& r) {
@@ -540,15 +550,17 @@ double Qos::in_flight_that_fits(uint64_t now) {
       for (auto& n : c.ios) s.ios += get(n);
       s.cost_ns += get(c.cost_ns);
       s.device_ns += get(c.device_ns);
+      s.units += get(c.units);
       s.started += get(c.started);
     });
   });
   std::vector<SfqTree::Node*> active;
-  std::vector<double> outstanding, stay;  // stay: time in the device by cost
+  std::vector<double> outstanding, stay, units;  // stay: time in the device by cost
   for (auto& [slot, s] : sums) {
     SlotWindow& w = slot_windows_[slot];
     const uint64_t ios = s.ios - w.ios, cost_ns = s.cost_ns - w.cost_ns, device_ns = s.device_ns - w.device_ns;
-    w.cost_ns = s.cost_ns, w.device_ns = s.device_ns, w.ios = s.ios;
+    const uint64_t taken = s.units - w.units;
+    w.cost_ns = s.cost_ns, w.device_ns = s.device_ns, w.units = s.units, w.ios = s.ios;
     // The counters of other reactors may be a request apart.
     const double q = s.started > s.ios ? static_cast<double>(s.started - s.ios) : 0;
     w.outstanding = w.outstanding == 0 ? q : 0.7 * w.outstanding + 0.3 * q;
@@ -558,12 +570,13 @@ double Qos::in_flight_that_fits(uint64_t now) {
     }
     active.push_back(leaf_node(slot));
     outstanding.push_back(w.outstanding);
+    units.push_back(static_cast<double>(taken) / static_cast<double>(ios));
     stay.push_back(static_cast<double>(device_ns + 1) / static_cast<double>(cost_ns + 1));
   }
   if (active.size() < 2) return 0;
   const std::vector<double> share = tree_.shares(active);
   double all = 0, least = 0;
-  for (size_t i = 0; i < active.size(); ++i) all += share[i] * stay[i];
+  for (size_t i = 0; i < active.size(); ++i) all += share[i] * stay[i] * units[i];
   for (size_t i = 0; i < active.size(); ++i) {
     const double fits = outstanding[i] * all / (share[i] * stay[i]);
     if (fits >= control_.knee() / 2.0 && (least == 0 || fits < least)) least = fits;

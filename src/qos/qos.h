@@ -20,8 +20,8 @@
 //
 // What protects what:
 //   slots_    (in flight | waiting << 32) one atomic. Direct submission adds only while waiting is 0, the arbiter only
-//             while it is not; so `in flight` never passes `depth` but for a change of depth. A completion that sees
-//             waiting > 0 runs the arbiter; a submission that adds to waiting runs it as well: whichever comes second in
+//             while it is not; so `in flight`, in small requests, passes `depth` by one large
+//             request at most, but for a change of depth. A completion that sees waiting > 0 runs the arbiter; a submission that adds to waiting runs it as well: whichever comes second in
 //             the modification order sees the other. Nothing sleeps while a slot is free and a request waits.
 //   arbiter_  hands the tree, the depth control and the cost table's writer side from holder to holder (acq_rel).
 //   cells     counters per group and reactor: one writer, its reactor; readers merge (relaxed, statistics).
@@ -78,7 +78,7 @@ struct QosSample {
   std::string disk;
   uint64_t at_ns = 0;
   uint32_t depth = 0, knee = 0;
-  uint64_t in_flight = 0, waiting = 0;
+  uint64_t in_flight = 0, waiting = 0;  // in flight: as depth, in small requests (a large one counts for several)
   double model_speed = 0;  // predicted over measured in the last busy window: 1 when the model is right
   uint64_t model_updates = 0;
   std::vector<QosGroupSample> groups;  // those that ever had a request here
