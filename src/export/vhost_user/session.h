@@ -64,7 +64,7 @@ class Session {
   };
   struct Incoming {
     Header head{};
-    std::array<std::byte, kMaxPayload> payload;
+    alignas(8) std::array<std::byte, kMaxPayload> payload;
     std::vector<Fd> fds;
     size_t have = 0;      // bytes of head and payload
     bool consumed = false;
