@@ -6,6 +6,8 @@
 //
 // One JSON line a run on stdout. Figures of a shared machine: see docs/qcow2.md for how they were taken.
 #include <algorithm>
+#include <unistd.h>
+
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -121,12 +123,12 @@ int lookup(Reactor& r) {
   constexpr uint64_t kCluster = 65536, kClusters = kTiB / kCluster, kTables = kClusters / 8192;
   char path[] = "/tmp/bench_qcow2.XXXXXX";
   const int fd = ::mkstemp(path);
+  if (fd < 0 || ::ftruncate(fd, 4096) != 0) return 1;
   FileOptions f;
   f.path = path;
   f.direct = false;
   f.fd = Fd(fd);
   VolumePtr file = must(open_file("file", std::move(f)));
-  must(r.block_on(file->resize(4096)));
   Qcow2CreateOptions c;
   c.virtual_size = kTiB;
   must(r.block_on(create_qcow2(file, c)));
