@@ -129,7 +129,7 @@ void run_case(Rig& rig, const Case& c) {
   for (int round = 0; round < rig.rounds; ++round) {
     // Alone before and after, so that drift within the round cancels.
     Outcome weak = alone(rig.leaf, c.weak, rig.slice), strong = alone(rig.leaf, c.strong, rig.slice);
-    if (mixed) alone(qos, c.weak, rig.slice / 2), alone(qos, c.strong, rig.slice / 2);
+    if (mixed) alone(qos, c.weak, rig.slice), alone(qos, c.strong, rig.slice);
     std::vector<Outcome> raw[2], with[2];
     for (int w = 0; w < 2; ++w) {
       weights(strong_weight[w]);

@@ -71,7 +71,7 @@ class CostTable {
   QosModel current() const;  // any thread: the corrections at 4 and 128 KiB folded in
 
  private:
-  static constexpr double kPure = 0.97, kGain = 0.2, kLeast = 1.0 / 64, kMost = 64;
+  static constexpr double kPure = 0.97, kGain = 0.1, kLeast = 1.0 / 64, kMost = 64;
   void publish(size_t kind, size_t cls);
 
   QosModel model_;
