@@ -101,7 +101,8 @@ Answer PmemDevice::handle(const Request& request, std::vector<Fd> fds) {
     return a;
   }
   if (auto* u = std::get_if<DmaUnmap>(&request)) {
-    if (!dma_.unmap(u->address, u->size)) return refuse(ENOENT);
+    if (u->flags == kUnmapAll) dma_.clear();
+    else if (!dma_.unmap(u->address, u->size)) return refuse(EINVAL);
     attach_queue();
     process();
     append(a.body, *u);

@@ -94,10 +94,20 @@ Status DmaTable::map(const DmaMap& request, Fd fd) {
 }
 
 Status DmaTable::unmap(uint64_t address, uint64_t size) {
-  const auto gone = std::erase_if(
-      entries_, [&](auto& e) { return e.request.address == address && e.request.size == size; });
-  if (gone == 0) return fail(ErrorKind::kNotFound, fmt::format("dma unmap {:#x}+{:#x}", address, size));
-  if (store_ != nullptr) SPILLWAY_CHECK(store_->remove(key(address)));
+  const uint64_t last = address + (size - 1);
+  auto inside = [&](const Entry& e) {
+    return e.request.address >= address && e.request.address + (e.request.size - 1) <= last;
+  };
+  for (auto& e : entries_) {
+    const bool touches = e.request.address <= last && address <= e.request.address + (e.request.size - 1);
+    if (touches && !inside(e))
+      return fail(ErrorKind::kInvalid, fmt::format("dma unmap {:#x}+{:#x}: cuts {:#x}", address, size,
+                                                   e.request.address));
+  }
+  if (store_ != nullptr)
+    for (auto& e : entries_)
+      if (inside(e)) SPILLWAY_CHECK(store_->remove(key(e.request.address)));
+  std::erase_if(entries_, inside);
   return rebuild();
 }
 

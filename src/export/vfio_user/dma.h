@@ -32,7 +32,7 @@ class DmaTable {
   Status adopt();
   // Replaces an entry of exactly this range; kExists when it overlaps another, kBusy when the table is full.
   Status map(const DmaMap& request, Fd fd);
-  // kNotFound unless it names an entry exactly.
+  // Removes all entries inside the range; kInvalid when it cuts one in two.
   Status unmap(uint64_t address, uint64_t size);
   void clear();
 

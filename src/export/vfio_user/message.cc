@@ -74,8 +74,11 @@ Request parse(const Header& h, std::span<const std::byte> body, size_t fds) {
     }
     case Command::kDmaUnmap: {
       DmaUnmap u{};
-      // No flags: dirty tracking and "everything" are not offered.
-      if (!take(body, u) || u.argsz < sizeof u || u.flags != 0 || u.size == 0) return Refused{EINVAL};
+      // Dirty tracking is not offered. "All" comes without a range.
+      if (!take(body, u) || u.argsz < sizeof u || (u.flags & ~kUnmapAll) != 0) return Refused{EINVAL};
+      const bool all = u.flags == kUnmapAll;
+      if (all ? u.address != 0 || u.size != 0 : u.size == 0 || u.address + (u.size - 1) < u.address)
+        return Refused{EINVAL};
       return u;
     }
     case Command::kGetInfo: {

@@ -70,6 +70,7 @@ struct RegionAccess {
 static_assert(sizeof(DmaMap) == 32 && sizeof(DmaUnmap) == 24 && sizeof(RegionInfo) == 32 && sizeof(SparseMmap) == 32 &&
               sizeof(IrqSet) == 20 && sizeof(RegionAccess) == 16);
 
+inline constexpr uint32_t kUnmapAll = 2;
 inline constexpr uint32_t kDeviceReset = 1, kDevicePci = 2;
 inline constexpr uint32_t kRegionRead = 1, kRegionWrite = 2, kRegionMmap = 4, kRegionCaps = 8;
 inline constexpr uint32_t kIrqEventfd = 1, kIrqMaskable = 2, kIrqAutomasked = 4, kIrqNoResize = 8;
