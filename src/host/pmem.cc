@@ -68,6 +68,11 @@ Result<std::vector<std::unique_ptr<Export>>> PmemHost::start(const ExportConfig&
   pmem.mount = mount;
   pmem.link = config.file;
   SPILLWAY_TRY(auto file, start_fuse_pmem(options, pmem));
+  if (registry_ != nullptr) {
+    if (!shrinker_) shrinker_ = PmemShrinker::create(*registry_);
+    if (!shrinker_) return fail(ErrorKind::kNoMemory, "pmem: no shrinker id left");
+    shrinker_->add(file->file());
+  }
   std::unique_ptr<Export> trim, device;
   if (!config.trim_socket.empty()) {
     if (config.read_only)
@@ -89,6 +94,7 @@ Result<std::vector<std::unique_ptr<Export>>> PmemHost::start(const ExportConfig&
 }
 
 void PmemHost::stop(bool keep) {
+  shrinker_.reset();
   for (auto& [name, mount] : mounts_) mount->stop(keep);
   mounts_.clear();
 }

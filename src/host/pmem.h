@@ -10,6 +10,7 @@
 #include "src/control/config.h"
 #include "src/export/export.h"
 #include "src/export/fuse/pmem.h"
+#include "src/export/fuse/shrink.h"
 
 #include <spillway/reclaim/reclaim.h>
 
@@ -35,6 +36,7 @@ class PmemHost {
   FdStore* store_;
   reclaim::Registry* registry_;
   std::map<std::string, std::shared_ptr<PmemMount>> mounts_;
+  std::unique_ptr<PmemShrinker> shrinker_;  // freed before the mounts stop
 };
 
 }  // namespace spillway
