@@ -9,7 +9,9 @@ target_compile_options(spillway_flags INTERFACE
   $<$<AND:$<CXX_COMPILER_ID:GNU>,$<COMPILE_LANGUAGE:CXX>>:-Wno-interference-size -fcoroutines>)
 target_include_directories(spillway_flags INTERFACE ${CMAKE_SOURCE_DIR} ${CMAKE_SOURCE_DIR}/include)
 if(SPILLWAY_SANITIZE)
-  target_compile_options(spillway_flags INTERFACE -fsanitize=${SPILLWAY_SANITIZE} -fno-sanitize-recover=all)
+  # alignment: liburcu's headers read list nodes through unaligned types.
+  target_compile_options(spillway_flags INTERFACE -fsanitize=${SPILLWAY_SANITIZE} -fno-sanitize-recover=all
+    -fno-sanitize=alignment)
   target_link_options(spillway_flags INTERFACE -fsanitize=${SPILLWAY_SANITIZE})
 endif()
 find_program(MOLD mold)

@@ -214,7 +214,7 @@ ImageResolver Graph::resolver(std::string image_path, const CacheMode* mode, std
       if (!path) co_return fail(path.error());
       Status chain_ok = check_chain(r.chain, *path);
       if (!chain_ok) co_return fail(chain_ok.error());
-      const bool writable = ref.role == ImageReference::Role::kDataFile && !r.read_only;
+      const bool writable = ref.writable && !r.read_only;
       auto opened = co_await r.graph->open_image_file(*path, ref.format, r.mode ? &*r.mode : nullptr, r.tenant,
                                                       r.folders, r.chain, writable);
       co_return opened;
