@@ -18,6 +18,7 @@ elif grep -qw memory /sys/fs/cgroup/cgroup.controllers 2>/dev/null; then
 else
   echo "SKIP: no writable memory cgroup" >&2; exit 77
 fi
+trap 'exit 1' INT TERM
 trap 'rm -rf "$work"; sleep 0.2; rmdir "$group" 2>/dev/null || true' EXIT
 
 inside() { # runs a command in the cgroup; its status

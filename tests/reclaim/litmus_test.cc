@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <thread>
 
@@ -13,33 +14,39 @@ struct alignas(64) Line {
   std::atomic<unsigned> v{0};
 };
 
-// SPILLWAY_LITMUS_ROUNDS for more: a weak outcome wants many.
-const unsigned kRounds = std::getenv("SPILLWAY_LITMUS_ROUNDS") != nullptr
-                             ? static_cast<unsigned>(std::atoi(std::getenv("SPILLWAY_LITMUS_ROUNDS")))
-                             : 5000;
+// As many rounds as fit into this time: the outcome that must never be seen is as forbidden in few as in many.
+std::chrono::milliseconds duration() {
+  const char* ms = std::getenv("SPILLWAY_LITMUS_MS");
+  return std::chrono::milliseconds(ms != nullptr ? std::atoi(ms) : 1000);
+}
 
 // Runs a and b once per round, together; `forbidden` looks at the results after each.
 template <class A, class B, class Check>
 int rounds(A a, B b, Check forbidden) {
+  constexpr unsigned kEnd = ~0u;
   std::atomic<unsigned> start{0}, done{0};
   int seen = 0;
+  const auto await = [](const std::atomic<unsigned>& word, unsigned value) {
+    unsigned now = word.load();
+    for (int spin = 0; now != value && now != kEnd; now = word.load()) {
+      if (++spin > 100) std::this_thread::yield();
+    }
+    return now;
+  };
   std::thread t([&] {
-    for (unsigned i = 1; i <= kRounds; ++i) {
-      for (int spin = 0; start.load() != i; ++spin) {
-        if (spin > 100) std::this_thread::yield();
-      }
+    for (unsigned i = 1; await(start, i) != kEnd; ++i) {
       b();
       done.store(i);
     }
   });
-  for (unsigned i = 1; i <= kRounds; ++i) {
+  const auto end = std::chrono::steady_clock::now() + duration();
+  for (unsigned i = 1; std::chrono::steady_clock::now() < end; ++i) {
     start.store(i);
     a();
-    for (int spin = 0; done.load() != i; ++spin) {
-      if (spin > 100) std::this_thread::yield();
-    }
+    await(done, i);
     seen += forbidden();
   }
+  start.store(kEnd);
   t.join();
   return seen;
 }
