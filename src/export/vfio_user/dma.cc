@@ -84,12 +84,13 @@ Status DmaTable::rebuild() {
 }
 
 Status DmaTable::map(const DmaMap& request, Fd fd) {
+  // Checked first: what is refused must not replace a good entry in the store.
+  SPILLWAY_CHECK(insert(request, fd ? fd.dup() : Fd()));
   if (store_ != nullptr) {
     const int raw = fd.get();
     const std::string_view blob(reinterpret_cast<const char*>(&request), sizeof request);
     SPILLWAY_CHECK(store_->put(key(request.address), {&raw, fd ? 1u : 0u}, blob));
   }
-  SPILLWAY_CHECK(insert(request, std::move(fd)));
   return rebuild();
 }
 
