@@ -275,8 +275,8 @@ Task<Status> Host::stop() {
   pmem_.reset();
   graph_.reset();
   cache_.reset();
+  blocking_.reset();  // its threads post to reactors: they end first
   reactors_.reset();
-  blocking_.reset();
   pressure_.reset();
   groups_.clear();
   registry_.reset();

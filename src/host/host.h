@@ -68,8 +68,8 @@ class Host {
   uint64_t started_ns_ = 0;
   std::unique_ptr<reclaim::Registry> registry_;
   std::map<std::string, reclaim::GroupRef> groups_;
-  std::unique_ptr<BlockingPool> blocking_;
   std::unique_ptr<ReactorPool> reactors_;
+  std::unique_ptr<BlockingPool> blocking_;  // after reactors_: its threads post to them and must end first
   std::shared_ptr<QosDomain> qos_;
   std::unique_ptr<Cache> cache_;
   std::unique_ptr<Graph> graph_;

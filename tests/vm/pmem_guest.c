@@ -1,4 +1,4 @@
-/* What the pmem tests run in the guest. Built static by pmem_test.py.
+/* What the pmem tests run in the guest. Built static by full_pmem_test.py.
  *   mapsync FILE           prints ok or the errno's name of mmap(MAP_SYNC) (P2)
  *   fill FILE MIB SEED     writes a pattern through a shared mapping, msync; prints filled
  *   check FILE MIB SEED    prints "wrong N"

@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "bench/common/bench.h"
+#include "benchmarks/common/bench.h"
 #include "src/io/reactor_pool.h"
 #include "src/qos/histogram.h"
 #include "src/volume/volume.h"

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <random>
 
-#include "bench/cache/policies.h"
-#include "bench/common/bench.h"
+#include "benchmarks/cache/policies.h"
+#include "benchmarks/common/bench.h"
 #include "src/cache/index.h"
 #include "src/cache/view.h"
 

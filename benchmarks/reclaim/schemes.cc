@@ -1,4 +1,4 @@
-#include "bench/reclaim/schemes.h"
+#include "benchmarks/reclaim/schemes.h"
 
 #include <pthread.h>
 #include <sched.h>

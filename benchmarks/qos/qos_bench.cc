@@ -15,9 +15,9 @@
 #include <cstring>
 #include <fstream>
 
-#include "bench/common/bench.h"
-#include "bench/qos/bfq.h"
-#include "bench/qos/load.h"
+#include "benchmarks/common/bench.h"
+#include "benchmarks/qos/bfq.h"
+#include "benchmarks/qos/load.h"
 #include "src/qos/calibrate.h"
 #include "src/qos/qos.h"
 #include "src/volume/file/file.h"

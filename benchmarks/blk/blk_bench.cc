@@ -21,7 +21,7 @@
 #include <set>
 #include <thread>
 
-#include "bench/common/bench.h"
+#include "benchmarks/common/bench.h"
 
 namespace spillway::bench {
 namespace {

@@ -10,8 +10,8 @@
 #include <mutex>
 #include <thread>
 
-#include "bench/common/bench.h"
-#include "bench/reclaim/schemes.h"
+#include "benchmarks/common/bench.h"
+#include "benchmarks/reclaim/schemes.h"
 
 namespace {
 

@@ -10,7 +10,7 @@
 #include <filesystem>
 #include <random>
 
-#include "bench/common/bench.h"
+#include "benchmarks/common/bench.h"
 #include "src/base/log.h"
 #include "src/io/sim_reactor.h"
 #include "src/io/sync.h"

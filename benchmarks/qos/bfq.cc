@@ -1,4 +1,4 @@
-#include "bench/qos/bfq.h"
+#include "benchmarks/qos/bfq.h"
 
 #include <sys/stat.h>
 #include <sys/wait.h>
