@@ -211,7 +211,7 @@ Result<std::vector<std::byte>> write_header(const Header& h) {
     if (at + 8 + align_up(data.size(), 8) > out.size()) return false;
     store32(b + at, type);
     store32(b + at + 4, static_cast<uint32_t>(data.size()));
-    std::memcpy(b + at + 8, data.data(), data.size());
+    if (!data.empty()) std::memcpy(b + at + 8, data.data(), data.size());
     at += 8 + align_up(data.size(), 8);
     return true;
   };

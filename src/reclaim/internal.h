@@ -232,7 +232,7 @@ struct alignas(64) Stock {
   Atomic<std::uint64_t> bytes{0};
 };
 
-struct MemoryGroup::State : RcuObject<MemoryGroup::State> {
+struct MemoryGroup::State : RcuObject<MemoryGroup::State, Destroy<MemoryGroup::State>> {
   Atomic<std::uint64_t> refs{1};
   Atomic<std::uint32_t> dead{0};
   Atomic<std::uint64_t> min{0}, low{0}, high{kUnlimited}, max{kUnlimited};

@@ -489,7 +489,7 @@ Task<Result<CreatePlan>> create(const LayerSpec& spec, std::vector<Candidate> me
     AlignedBuffer head(kDataOffset);
     if (!head) co_return fail(ErrorKind::kNoMemory, spec.name);
     std::memset(head.data(), 0, head.size());
-    std::memcpy(head.data() + kAreaOffset, area.data(), area.size());
+    if (!area.empty()) std::memcpy(head.data() + kAreaOffset, area.data(), area.size());
     const iovec v = head.iov();
     SPILLWAY_CO_CHECK(co_await c.volume->write(ctx, 0, Iov(&v, 1)));
     SPILLWAY_CO_CHECK(co_await c.volume->flush(ctx));
