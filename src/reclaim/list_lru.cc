@@ -61,10 +61,14 @@ struct ListLru::Impl {
   RcuPtr<Leaf>* leaves = nullptr;
   std::uint32_t nleaves = 0;
 
-  explicit Impl(Registry& r) : registry(r), nodes(static_cast<std::uint32_t>(r.options().nodes)) {
-    nleaves = (r.options().max_groups + kLeaf - 1) / kLeaf;
-    leaves = static_cast<RcuPtr<Leaf>*>(allocate(nleaves * sizeof(RcuPtr<Leaf>)));
+  Impl(Registry& r, std::nullptr_t) noexcept
+      : registry(r), nodes(static_cast<std::uint32_t>(r.options().nodes)) {}
+  // Delegates, so that the destructor gives back what was made when memory runs out midway.
+  explicit Impl(Registry& r) : Impl(r, nullptr) {
+    const std::uint32_t wanted = (r.options().max_groups + kLeaf - 1) / kLeaf;
+    leaves = static_cast<RcuPtr<Leaf>*>(allocate(wanted * sizeof(RcuPtr<Leaf>)));
     if (leaves == nullptr) throw std::bad_alloc();
+    nleaves = wanted;
     for (std::uint32_t i = 0; i < nleaves; ++i) new (&leaves[i]) RcuPtr<Leaf>();
     // The root's lists always exist, so that an adder who gets no memory has somewhere to go.
     for (std::uint32_t n = 0; n < nodes; ++n) {
