@@ -542,7 +542,15 @@ Task<Result<json>> Host::command(const std::string& name, const json& args) {
       before = iostat_sample(*graph_);
       co_await Reactor::current().sleep_for(std::min<uint64_t>(ms, 3'600'000) * 1'000'000);
     }
-    co_return iostat_json(iostat_sample(*graph_), before, *qos_->snapshot(), args.value("latency", false));
+    const auto now = iostat_sample(*graph_);
+    if (before.empty())  // since the start: nothing had been counted then
+      for (auto& disk : now) {
+        QosSample start;
+        start.disk = disk.disk;
+        start.at_ns = started_ns_;
+        before.push_back(std::move(start));
+      }
+    co_return iostat_json(now, before, *qos_->snapshot(), args.value("latency", false));
   }
   if (noun == "volume") {
     auto result = co_await volume_command(verb, args);
