@@ -328,8 +328,10 @@ Task<void> Cache::Impl::tick() {
 Task<void> Cache::Impl::stop_background() {
   closing.store(true, std::memory_order_seq_cst);
   if (options.background != nullptr) {
+    background_tasks.add();  // the message too: `this` must outlive it
     options.background->post([this] {
       if (tick_sleep != nullptr) Reactor::current().cancel(*tick_sleep);
+      background_tasks.done();
     });
     co_await background_tasks.wait_idle();
   }

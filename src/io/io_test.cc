@@ -57,6 +57,16 @@ TEST(SimReactor_file_ops, read_back_what_was_written) {
   sim.block_on(write_read(fd.get()));
 }
 
+TEST(Reactor_destroyed_before_it_ran_a_message, frees_what_was_posted_and_runs_nothing) {
+  auto held = std::make_shared<int>(0);
+  auto r = ring();
+  r->post([held] { ++*held; });
+  EXPECT_EQ(held.use_count(), 2);
+  r.reset();
+  EXPECT_EQ(held.use_count(), 1);
+  EXPECT_EQ(*held, 0);
+}
+
 TEST(UringReactor_more_ops_than_queue_entries, all_complete) {
   auto r = ring();
   Fd fd(::memfd_create("t", MFD_CLOEXEC));

@@ -25,6 +25,11 @@ struct HandleMessage : Message {
 struct FunctionMessage : Message {
   std::function<void()> fn;
 };
+
+template <class T>
+void delete_message(Message* m) {
+  delete static_cast<T*>(m);
+}
 }  // namespace
 
 Reactor::Reactor() : index_(g_next_index.fetch_add(1, std::memory_order_relaxed)) {
@@ -33,6 +38,12 @@ Reactor::Reactor() : index_(g_next_index.fetch_add(1, std::memory_order_relaxed)
 }
 
 Reactor::~Reactor() {
+  Message* m = inbox_.exchange(nullptr, std::memory_order_acquire);
+  while (m != nullptr) {
+    Message* next = m->next;
+    if (m->drop != nullptr) m->drop(m);
+    m = next;
+  }
   if (t_current == this) t_current = nullptr;
 }
 
@@ -66,6 +77,7 @@ void Reactor::post(Message* m) {
 void Reactor::post(std::coroutine_handle<> h) {
   auto* m = new HandleMessage;
   m->handle = h;
+  m->drop = delete_message<HandleMessage>;
   m->run = [](Message* base) {
     auto* self = static_cast<HandleMessage*>(base);
     auto handle = self->handle;
@@ -78,6 +90,7 @@ void Reactor::post(std::coroutine_handle<> h) {
 void Reactor::post(std::function<void()> fn) {
   auto* m = new FunctionMessage;
   m->fn = std::move(fn);
+  m->drop = delete_message<FunctionMessage>;
   m->run = [](Message* base) {
     std::unique_ptr<FunctionMessage> self(static_cast<FunctionMessage*>(base));
     self->fn();

@@ -74,9 +74,11 @@ class Poller {
   virtual void expect_work() {}
 };
 
-// Intrusive node of a cross-thread message; `run` is called on the target reactor. Lives until then.
+// Intrusive node of a cross-thread message; `run` is called on the target reactor. Lives until then. `drop`, where set,
+// is called instead when the reactor is destroyed before it came to run it: it frees what the message owns, no more.
 struct Message {
   void (*run)(Message*) = nullptr;
+  void (*drop)(Message*) = nullptr;
   Message* next = nullptr;
 };
 
@@ -162,7 +164,6 @@ class Reactor {
   static detail::Detached run_detached(Reactor* r, Task<void> task);
   template <class T>
   static detail::Detached run_blocking(Task<T> task, std::optional<typename Task<T>::Stored>* out);
-  bool done_ = false;
   uint64_t live_tasks_ = 0;
   uint32_t index_;
 };
