@@ -1,6 +1,7 @@
 #include "src/export/fuse/file.h"
 
 #include <fmt/core.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -246,12 +247,23 @@ void PmemFile::remove_mapper(pid_t pid) {
   if (auto it = mappers_.find(pid); it != mappers_.end()) mappers_.erase(it);
 }
 
+bool PmemFile::add_opener(pid_t pid) {
+  if (pid <= 0) return false;
+  std::lock_guard lock(mutex_);
+  std::erase_if(openers_, [](pid_t p) { return ::kill(p, 0) != 0 && errno == ESRCH; });
+  return openers_.insert(pid).second;
+}
+
+std::vector<pid_t> PmemFile::openers() const {
+  std::lock_guard lock(mutex_);
+  return {openers_.begin(), openers_.end()};
+}
+
 std::vector<pid_t> PmemFile::mappers() const {
   std::lock_guard lock(mutex_);
-  std::vector<pid_t> all;
-  for (pid_t p : mappers_)
-    if (all.empty() || all.back() != p) all.push_back(p);
-  return all;
+  std::set<pid_t> all(openers_);
+  all.insert(mappers_.begin(), mappers_.end());
+  return {all.begin(), all.end()};
 }
 
 // The VMM's own addresses of the file's range, from its /proc/PID/maps ("from-to perms offset major:minor inode").

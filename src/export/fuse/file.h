@@ -69,6 +69,10 @@ class PmemFile final : public PmemBacking {
   std::chrono::nanoseconds stalled() const override;
   void add_mapper(pid_t pid) override;
   void remove_mapper(pid_t pid) override;
+  // A process that opened the file itself. The kernel does not tell when it is done with it: pids that are no more are
+  // forgotten at the next one. True when `pid` is new.
+  bool add_opener(pid_t pid);
+  std::vector<pid_t> openers() const;
 
   // ---- used: anybody but workers and reactors; all block ----
   Result<Residency> residency(uint64_t offset = 0, uint64_t length = 0) const;
@@ -127,6 +131,7 @@ class PmemFile final : public PmemBacking {
   AsyncMutex unaligned_;  // read-modify-write of blocks that a request covers in part
   mutable std::mutex mutex_;
   std::multiset<pid_t> mappers_;
+  std::set<pid_t> openers_;
   std::atomic<uint32_t> held_{0};
   std::atomic<int64_t> held_since_ns_{0};
   std::mutex hand_mutex_;

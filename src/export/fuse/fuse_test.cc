@@ -2,6 +2,7 @@
 #include <fcntl.h>
 #include <fmt/core.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/socket.h>
@@ -154,8 +155,9 @@ class FusePmem : public ::testing::Test {
  protected:
   void SetUp() override {
     if (::geteuid() != 0 || ::access("/dev/fuse", R_OK | W_OK) != 0) GTEST_SKIP() << "needs root and /dev/fuse";
-    guest_ = std::make_unique<Mapper>();
     dir_ = fmt::format("/tmp/spillway-fuse-test-{}-{}", ::getpid(), counter_++);
+    watch();
+    guest_ = std::make_unique<Mapper>();
     auto m = start();
     if (!m) GTEST_SKIP() << "cannot mount FUSE here: " << m.error().message();
     mount_ = *m;
@@ -164,6 +166,10 @@ class FusePmem : public ::testing::Test {
     guest_.reset();
     if (mount_) mount_->stop(false);
     ::umount2(dir_.c_str(), MNT_DETACH);
+    if (watchdog_ > 0) {
+      ::kill(watchdog_, SIGKILL);
+      ::waitpid(watchdog_, nullptr, 0);
+    }
     std::error_code ec;
     std::filesystem::remove(dir_, ec);
   }
@@ -184,6 +190,18 @@ class FusePmem : public ::testing::Test {
     return f ? *f : nullptr;
   }
   static inline int counter_ = 0;
+  // A test that hangs on its own mount cannot be killed, nor can whoever maps it: after two minutes this process aborts
+  // the connection, so that everybody gets an error instead.
+  void watch() {
+    watchdog_ = ::fork();
+    if (watchdog_ != 0) return;
+    for (int s = 0; s < 120; ++s) ::sleep(1);
+    ::umount2(dir_.c_str(), MNT_FORCE | MNT_DETACH);
+    static constexpr char kText[] = "fuse_test: hung; its mount has been aborted\n";
+    (void)!::write(2, kText, sizeof kText - 1);
+    ::_exit(0);
+  }
+  pid_t watchdog_ = 0;
   Mapper& map(const std::string& name, bool read_only = false) {
     EXPECT_TRUE(guest_->open(dir_ + "/" + name, read_only));
     return *guest_;
@@ -398,6 +416,43 @@ TEST_F(FusePmem, Successor_adopts_the_mount_and_is_sent_the_unanswered_requests)
   EXPECT_EQ(synced, 0);
   EXPECT_EQ(v->bytes[kMiB], 'd');
   EXPECT_EQ(m.get(0), 'x');
+}
+
+// A worker that was the last idle one asked for another one under the lock that stop() held while it waited for it.
+TEST_F(FusePmem, Stop_under_faults_ends_and_the_successor_serves_them) {
+  constexpr uint64_t kBusy = 4 * kMiB;
+  mount_->stop(false);
+  auto v = std::make_shared<TestVolume>();
+  Mapper& m = *guest_;
+  for (int round = 0; round < 4; ++round) {
+    auto mount = start(&store_);
+    ASSERT_TRUE(mount) << mount.error().message();
+    mount_ = *mount;
+    auto f = add("vm1", v);
+    ASSERT_TRUE(f);
+    if (round == 0) {
+      map("vm1");
+      m.stamp(0, kBusy);
+    }
+    auto e = f->evict(0, kBusy);
+    ASSERT_TRUE(e);
+    if (e->remote_refused) GTEST_SKIP() << "process_madvise is not permitted here";
+    std::atomic<int64_t> wrong{-1};
+    const uint64_t before = v->reads;
+    std::thread faults([&] { wrong = m.wrong(0, kBusy); });
+    while (v->reads < before + 64) std::this_thread::yield();
+    mount_->stop(true);
+    auto next = start(&store_);
+    ASSERT_TRUE(next) << next.error().message();
+    mount_ = *next;
+    ASSERT_TRUE(add("vm1", v));
+    faults.join();
+    EXPECT_EQ(wrong, 0);
+    mount_->stop(true);
+  }
+  auto last = start(&store_);
+  ASSERT_TRUE(last);
+  mount_ = *last;
 }
 
 TEST_F(FusePmem, Export_makes_and_removes_its_link) {

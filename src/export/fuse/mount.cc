@@ -183,8 +183,14 @@ void PmemMount::stop(bool keep) {
       (void)options_.store->remove("pmem/" + options_.name);
     }
   }
-  std::lock_guard lock(workers_mutex_);
-  for (auto& w : workers_) {
+  // Out of the list before they are waited for: a worker that takes one of the requests an unmount sends (FORGET,
+  // RELEASE, DESTROY) and finds itself the last idle one asks for another worker, under this lock.
+  std::vector<std::unique_ptr<Worker>> last;
+  {
+    std::lock_guard lock(workers_mutex_);
+    last.swap(workers_);
+  }
+  for (auto& w : last) {
     // The signal may come just before the read begins, so it is repeated until the thread has seen `stopping_`.
     while (!w->exited.load(std::memory_order_acquire)) {
       pthread_kill(w->thread.native_handle(), kWakeSignal);
@@ -192,7 +198,6 @@ void PmemMount::stop(bool keep) {
     }
     w->thread.join();
   }
-  workers_.clear();
   channel_.close();
 }
 
@@ -253,10 +258,17 @@ Result<std::shared_ptr<PmemFile>> PmemMount::add(PmemFileOptions o) {
 
 // The descriptor a predecessor opened, if there is one. Opening asks the workers, and a thread that waits for them
 // cannot be killed (see agent.h): fine the first time, when no guest depends on a quick restart yet, not later.
-Result<Fd> PmemMount::open_file(const PmemFile& file, const std::string& name) {
-  const std::string key = fmt::format("pmem/{}/{}", options_.name, file.node());
-  if (adopted_)
-    if (auto kept = options_.store->get(key); kept && kept->fds.size() == 1) return std::move(kept->fds[0]);
+Result<Fd> PmemMount::open_file(PmemFile& file, const std::string& name) {
+  if (adopted_) {
+    if (auto kept = options_.store->get(key_of(file)); kept && kept->fds.size() == 1) {
+      for (size_t at = 0; at + sizeof(pid_t) <= kept->blob.size(); at += sizeof(pid_t)) {
+        pid_t pid = 0;
+        std::memcpy(&pid, kept->blob.data() + at, sizeof pid);
+        file.add_opener(pid);
+      }
+      return std::move(kept->fds[0]);
+    }
+  }
   const std::string path = options_.directory + "/" + name;
   Fd fd(::open(path.c_str(), (file.read_only() ? O_RDONLY : O_RDWR) | O_CLOEXEC));
   if (!fd) {
@@ -264,11 +276,19 @@ Result<Fd> PmemMount::open_file(const PmemFile& file, const std::string& name) {
     remove(name);
     return fail_errno(err, "pmem: open " + path);
   }
-  if (options_.store != nullptr) {
-    const int raw = fd.get();
-    SPILLWAY_CHECK(options_.store->put(key, {&raw, 1}, {}));
-  }
+  SPILLWAY_CHECK(save_file(file, fd.get()));
   return fd;
+}
+
+std::string PmemMount::key_of(const PmemFile& file) const { return fmt::format("pmem/{}/{}", options_.name, file.node()); }
+
+// The descriptor, and who opened the file: a successor has to take its pages out of their page tables as well.
+Status PmemMount::save_file(const PmemFile& file, int fd) {
+  if (options_.store == nullptr) return {};
+  std::lock_guard lock(names_mutex_);  // so that the last one to be kept is the latest
+  const std::vector<pid_t> openers = file.openers();
+  return options_.store->put(key_of(file), {&fd, 1},
+                             {reinterpret_cast<const char*>(openers.data()), openers.size() * sizeof(pid_t)});
 }
 
 void PmemMount::remove(const std::string& name) {
@@ -284,7 +304,7 @@ void PmemMount::remove(const std::string& name) {
     if (Status s = save(); !s) log(LogLevel::kWarn, "pmem", "{}", s.error().message());
   }
   if (!file || other) return;
-  if (options_.store != nullptr) (void)options_.store->remove(fmt::format("pmem/{}/{}", options_.name, file->node()));
+  if (options_.store != nullptr) (void)options_.store->remove(key_of(*file));
   file->detach();
 }
 
@@ -599,7 +619,9 @@ void PmemMount::serve_open(const Call& call) {
     // Without KEEP_CACHE every open would throw the whole page cache of the file away.
     out.open_flags = FOPEN_KEEP_CACHE | FOPEN_NOFLUSH;
     const pid_t opener = process_of(static_cast<pid_t>(h.pid));
-    if (opener != ::getpid() && file->fd_ready()) file->add_mapper(opener);
+    if (opener != ::getpid() && file->fd_ready() && file->add_opener(opener))
+      if (Status s = save_file(*file, file->fd()); !s)
+        LOG_LIMITED(LogLevel::kWarn, "pmem", "{}", s.error().message());
   }
   channel_.reply(h.unique, out);
 }

@@ -95,8 +95,10 @@ class PmemMount {
   Outcome finish(const Call& call, Status status, std::span<const iovec> payload = {});
   std::shared_ptr<PmemFile> file_at(uint64_t node, bool* known) const;
   fuse_attr attr_of(uint64_t node, const PmemFile* file) const;
-  Result<Fd> open_file(const PmemFile& file, const std::string& name);
+  Result<Fd> open_file(PmemFile& file, const std::string& name);
+  std::string key_of(const PmemFile& file) const;
   Status save();
+  Status save_file(const PmemFile& file, int fd);
 
   const PmemMountOptions options_;
   fuse::FuseChannel channel_;
