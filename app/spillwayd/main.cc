@@ -65,7 +65,7 @@ Task<Status> work(const Config& config, RemoteFdStore& store, int signal_fd) {
   if (!listener) co_return fail(listener.error());
   auto started = co_await Host::start(config, std::move(options));
   if (!started) {
-    ::unlink(config.host.control.c_str());
+    if (restarts == 0) ::unlink(config.host.control.c_str());  // else it is kept, and the next worker's
     co_return fail(started.error());
   }
   Host& host = **started;

@@ -38,6 +38,7 @@ Result<VolumePtr> open_leaf(const DiskConfig& d, const GraphOptions& options) {
       f.read_only = d.read_only || options.read_only;
       f.direct = d.direct;
       f.lock = options.lock;
+      f.lock_wait_ms = options.lock_wait_ms;
       f.block_size = d.where.key_lines.contains("block_size") ? d.block_size : 0;
       return open_file(d.name, std::move(f));
     }

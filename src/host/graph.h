@@ -22,6 +22,7 @@ struct GraphOptions {
   bool read_only = false;
   // Disks are locked against other processes.
   bool lock = true;
+  uint32_t lock_wait_ms = 0;  // FileOptions: for a successor of a killed process
   // mirror and raid5 over blank members may be created.
   bool create_if_blank = true;
   bool background = true;  // resync and rebuild start by themselves

@@ -148,6 +148,8 @@ Task<Status> Host::build() {
   pmem_ = std::make_unique<PmemHost>(config_.host.pmem_folder, options_.store, registry_.get());
   GraphOptions graph;
   graph.registry = registry_.get();
+  if (options_.restarts)  // requests of a killed predecessor hold its disks for some milliseconds more
+    if (auto r = options_.restarts(); r && *r > 0) graph.lock_wait_ms = 5000;
   graph.wrap_disk = [this](VolumePtr leaf, const DiskConfig& disk) -> Result<VolumePtr> {
     QosOptions options;
     SPILLWAY_TRY(options.model, stored_model(config_, disk.name));
@@ -195,6 +197,7 @@ Task<Status> Host::build() {
       for (auto& part : *started) exports_.emplace(part->name(), std::move(part));
     }
   }
+  pmem_->settle();
   cache_->refresh_entitlements();
   if (config_.host.extent_check_s != 0) {
     watching_.add();

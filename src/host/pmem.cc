@@ -1,6 +1,9 @@
 #include "src/host/pmem.h"
 
 #include <fmt/core.h>
+#include <sys/mount.h>
+
+#include <algorithm>
 
 #include "src/export/fuse/trim.h"
 #include "src/export/vfio_user/vfio_user.h"
@@ -91,6 +94,19 @@ Result<std::vector<std::unique_ptr<Export>>> PmemHost::start(const ExportConfig&
   std::vector<std::unique_ptr<Export>> parts;
   parts.push_back(std::make_unique<PmemExport>(config.name, std::move(file), std::move(device), std::move(trim)));
   return parts;
+}
+
+void PmemHost::settle() {
+  for (auto& [name, mount] : mounts_) mount->settle();
+  if (store_ == nullptr) return;
+  auto kept = store_->list("pmem/");
+  if (!kept) return;
+  for (auto& key : *kept) {
+    const std::string tenant = key.substr(5, key.find('/', 5) - 5);
+    if (std::any_of(mounts_.begin(), mounts_.end(), [&](auto& m) { return m.second->name() == tenant; })) continue;
+    (void)store_->remove(key);  // the last copy of /dev/fuse: the kernel aborts the connection
+    ::umount2((folder_ + "/" + tenant).c_str(), MNT_FORCE | MNT_DETACH);
+  }
 }
 
 void PmemHost::stop(bool keep) {

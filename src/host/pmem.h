@@ -26,6 +26,8 @@ class PmemHost {
   // Starts everything the export asks for; the first element is the file itself.
   Result<std::vector<std::unique_ptr<Export>>> start(const ExportConfig& config, ExportOptions options,
                                                      const std::string& tenant);
+  // When all exports of the config have been started: what a predecessor served and nobody serves any more ends.
+  void settle();
   // After the exports have stopped. keep: leave the connections to a successor.
   void stop(bool keep);
   std::string to_text() const;

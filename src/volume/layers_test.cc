@@ -7,6 +7,7 @@
 
 #include <filesystem>
 #include <map>
+#include <thread>
 
 #include "src/io/sim_reactor.h"
 #include "src/io/sync.h"
@@ -167,6 +168,20 @@ TEST(File_lock, refuses_second_writer_and_shares_readers) {
   ASSERT_TRUE(a) << a.error().message();
   ASSERT_TRUE(b) << b.error().message();
   EXPECT_EQ(open_file("c", std::move(rw)).error().kind(), ErrorKind::kBusy);
+}
+
+// A worker that was killed under load left its disks locked for as long as its requests were in flight: its successor
+// gave up ("in use by another program").
+TEST(File_lock, of_a_dying_predecessor_is_waited_for) {
+  TempDir dir;
+  const std::string path = dir / "a";
+  auto writer = file(path, kMiB);
+  std::thread dying([&] { writer.reset(); });
+  FileOptions o;
+  o.path = path;
+  o.lock_wait_ms = 60'000;
+  EXPECT_TRUE(open_file("b", std::move(o)));
+  dying.join();
 }
 
 TEST(File_missing, names_the_disk_and_the_path) {

@@ -120,7 +120,9 @@ Status FuseChannel::tune(const BdiOptions& options) {
 }
 
 Status FuseChannel::unmount() {
-  if (::umount2(directory_.c_str(), MNT_DETACH) != 0 && errno != EINVAL && errno != ENOENT)
+  // Both: the mount goes although somebody uses it, and no call on it waits for us any more, whoever else has a copy of
+  // the descriptor.
+  if (::umount2(directory_.c_str(), MNT_FORCE | MNT_DETACH) != 0 && errno != EINVAL && errno != ENOENT)
     return fail_errno(errno, "pmem unmount " + directory_);
   ::rmdir(directory_.c_str());
   return {};

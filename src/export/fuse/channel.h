@@ -48,6 +48,7 @@ class FuseChannel {
 
   // Limits of the mount's backing device. Needs answered INIT: call it while workers run.
   Status tune(const BdiOptions& options);
+  // Aborts the connection and takes the mount away: what is dirty is lost, whoever waits for an answer gets an error.
   Status unmount();
   void close() { fd_.reset(); }
 

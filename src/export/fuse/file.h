@@ -107,6 +107,9 @@ class PmemFile final : public PmemBacking {
   bool fd_ready() const { return bool(fd_); }  // false until the mount has opened it
   void request_held(bool held);  // one more, or one less, waits for its next try
   void detach();
+  // From now on a request that the volume fails is answered with its error instead of being held.
+  void give_up() { given_up_.store(true, std::memory_order_relaxed); }
+  bool given_up() const { return given_up_.load(std::memory_order_relaxed); }
 
  private:
   struct Chunk {
@@ -132,6 +135,7 @@ class PmemFile final : public PmemBacking {
   mutable std::mutex mutex_;
   std::multiset<pid_t> mappers_;
   std::set<pid_t> openers_;
+  std::atomic<bool> given_up_{false};
   std::atomic<uint32_t> held_{0};
   std::atomic<int64_t> held_since_ns_{0};
   std::mutex hand_mutex_;

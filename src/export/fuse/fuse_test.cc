@@ -455,6 +455,54 @@ TEST_F(FusePmem, Stop_under_faults_ends_and_the_successor_serves_them) {
   mount_ = *last;
 }
 
+TEST_F(FusePmem, Removed_file_is_written_back_first) {
+  auto v = std::make_shared<TestVolume>();
+  add("vm1", v);
+  map("vm1").fill(8192, 8193, 'd');
+  mount_->remove("vm1");
+  EXPECT_EQ(v->bytes[8192], 'd');
+}
+
+TEST_F(FusePmem, Removing_ends_what_a_failing_backend_holds) {
+  auto v = std::make_shared<TestVolume>();
+  add("vm1", v);
+  Mapper& m = map("vm1");
+  m.fill(0, 1, 'd');
+  v->fail_writes = true;
+  std::atomic<int64_t> synced{-1};
+  std::thread t([&] { synced = m.sync(); });
+  while (mount_->stats().held == 0) std::this_thread::yield();
+  mount_->remove("vm1");
+  t.join();
+  EXPECT_EQ(synced, EIO);
+}
+
+TEST_F(FusePmem, Open_while_the_worker_restarts_waits_for_the_file_or_for_settle) {
+  mount_->stop(false);
+  auto first = start(&store_);
+  ASSERT_TRUE(first);
+  mount_ = *first;
+  auto v = std::make_shared<TestVolume>();
+  add("vm1", v);
+  add("gone", std::make_shared<TestVolume>());
+  mount_->stop(true);
+  auto second = start(&store_);
+  ASSERT_TRUE(second);
+  mount_ = *second;
+  std::atomic<int> opened{-1};
+  std::thread t([&] { opened = guest_->open(dir_ + "/vm1"); });
+  while (mount_->stats().held == 0) std::this_thread::yield();
+  EXPECT_EQ(opened, -1);
+  add("vm1", v);
+  t.join();
+  EXPECT_EQ(opened, 1);
+  std::thread u([&] { opened = guest_->open(dir_ + "/gone"); });
+  while (mount_->stats().held == 0) std::this_thread::yield();
+  mount_->settle();
+  u.join();
+  EXPECT_EQ(opened, 0);
+}
+
 TEST_F(FusePmem, Export_makes_and_removes_its_link) {
   ExportOptions e;
   e.name = "vm1";

@@ -166,12 +166,16 @@ void PmemMount::add_worker() {
 
 void PmemMount::stop(bool keep) {
   if (stopped_.exchange(true)) return;
+  if (!keep) {
+    abort_ = true;
+    retry_held();
+    for (auto& file : files()) sync_last(*file);
+  }
   // Closing a file may ask the workers: before they stop, and without a lock they take.
   for (auto& file : files()) file->detach();
   {
     std::lock_guard lock(held_mutex_);
     stopping_ = true;
-    abort_ = !keep;
     held_changed_.notify_all();
   }
   if (retry_thread_.joinable()) retry_thread_.join();
@@ -199,6 +203,20 @@ void PmemMount::stop(bool keep) {
     w->thread.join();
   }
   channel_.close();
+}
+
+// What the mappings still have dirty, before the file goes. Bounded: nothing is held any more for this file.
+void PmemMount::sync_last(PmemFile& file) {
+  if (file.read_only() || !file.fd_ready()) return;
+  if (Status s = file.sync(); !s)
+    log(LogLevel::kWarn, "pmem", "{}: what was stored since the last flush is lost: {}", file.name(),
+        s.error().message());
+}
+
+void PmemMount::retry_held() {
+  std::lock_guard lock(held_mutex_);
+  retry_now_ = true;
+  held_changed_.notify_all();
 }
 
 Status PmemMount::save() {
@@ -244,11 +262,7 @@ Result<std::shared_ptr<PmemFile>> PmemMount::add(PmemFileOptions o) {
     names_[name] = {node, file};
     SPILLWAY_CHECK(save());
   }
-  {
-    std::lock_guard lock(held_mutex_);  // what waited for this file may go on
-    retry_now_ = true;
-    held_changed_.notify_all();
-  }
+  retry_held();  // what waited for this file may go on
   if (!file->fd_ready()) {
     SPILLWAY_TRY(auto fd, open_file(*file, name));
     file->attach(std::move(fd), channel_.fd());
@@ -299,13 +313,31 @@ void PmemMount::remove(const std::string& name) {
     auto it = names_.find(name);
     if (it == names_.end()) return;
     file = it->second.file;
-    names_.erase(it);
-    for (auto& [n, e] : names_) other |= e.file == file;
+    for (auto& [n, e] : names_) other |= n != name && e.file == file;
+  }
+  const bool last = file && !other;
+  if (last) {
+    file->give_up();
+    retry_held();
+    sync_last(*file);
+  }
+  {
+    std::lock_guard lock(names_mutex_);
+    names_.erase(name);
     if (Status s = save(); !s) log(LogLevel::kWarn, "pmem", "{}", s.error().message());
   }
-  if (!file || other) return;
+  if (!last) return;
   if (options_.store != nullptr) (void)options_.store->remove(key_of(*file));
   file->detach();
+}
+
+void PmemMount::settle() {
+  {
+    std::lock_guard lock(names_mutex_);
+    if (std::erase_if(names_, [](auto& n) { return !n.second.file; }) == 0) return;
+    if (Status s = save(); !s) log(LogLevel::kWarn, "pmem", "{}", s.error().message());
+  }
+  retry_held();
 }
 
 std::shared_ptr<PmemFile> PmemMount::file_at(uint64_t node, bool* known) const {
@@ -409,8 +441,38 @@ void PmemMount::retry_loop() {
 
 // ---- the protocol ----------------------------------------------------------------------------------------------
 
+std::string PmemMount::name_in(const Call& call) {
+  const char* text = reinterpret_cast<const char*>(call.in + sizeof(fuse_in_header));
+  return {text, ::strnlen(text, call.size - sizeof(fuse_in_header))};
+}
+
+// For a file that a predecessor served and that this process has not added yet.
+bool PmemMount::too_early(const Call& call) const {
+  if (!adopted_ || abort_) return false;
+  const fuse_in_header& h = call.head();
+  switch (h.opcode) {
+    case FUSE_LOOKUP: {
+      std::lock_guard lock(names_mutex_);
+      auto it = names_.find(name_in(call));
+      return h.nodeid == fuse::kRootNode && it != names_.end() && !it->second.file;
+    }
+    case FUSE_READ:
+    case FUSE_WRITE:
+    case FUSE_FSYNC:
+    case FUSE_FALLOCATE:
+    case FUSE_GETATTR:
+    case FUSE_SETATTR:
+    case FUSE_OPEN: {
+      bool known = false;
+      return h.nodeid != fuse::kRootNode && !file_at(h.nodeid, &known) && known;
+    }
+    default: return false;
+  }
+}
+
 PmemMount::Outcome PmemMount::serve(Call& call) {
   const fuse_in_header& h = call.head();
+  if (too_early(call)) return Outcome::kHold;
   switch (h.opcode) {
     case FUSE_INIT: serve_init(call); break;
     case FUSE_READ:
@@ -442,7 +504,8 @@ PmemMount::Outcome PmemMount::serve(Call& call) {
   return Outcome::kAnswered;
 }
 
-PmemMount::Outcome PmemMount::finish(const Call& call, Status status, std::span<const iovec> payload) {
+PmemMount::Outcome PmemMount::finish(const Call& call, const PmemFile& file, Status status,
+                                     std::span<const iovec> payload) {
   if (status) {
     channel_.reply(call.head().unique, 0, payload);
     return Outcome::kAnswered;
@@ -450,7 +513,7 @@ PmemMount::Outcome PmemMount::finish(const Call& call, Status status, std::span<
   const uint32_t op = call.head().opcode;
   const ErrorKind kind = status.error().kind();
   const bool ours = kind == ErrorKind::kOutOfRange || kind == ErrorKind::kInvalid || kind == ErrorKind::kReadOnly;
-  if ((op == FUSE_READ || op == FUSE_WRITE) && !ours) {
+  if ((op == FUSE_READ || op == FUSE_WRITE) && !ours && !abort_ && !file.given_up()) {
     LOG_LIMITED(LogLevel::kWarn, "pmem", "{}: held until it succeeds: {}", options_.directory,
                 status.error().message());
     return Outcome::kHold;
@@ -464,34 +527,36 @@ PmemMount::Outcome PmemMount::serve_data(Call& call) {
   bool known = false;
   std::shared_ptr<PmemFile> file = file_at(h.nodeid, &known);
   if (!file) {
-    if (known && adopted_) return Outcome::kHold;  // its export is not up again yet
     channel_.reply(h.unique, EIO);
     return Outcome::kAnswered;
   }
+  auto finish = [&](Status status, std::span<const iovec> payload = {}) {
+    return this->finish(call, *file, std::move(status), payload);
+  };
   if (h.opcode == FUSE_READ) {
     const auto* in = call.args<fuse_read_in>();
-    if (in == nullptr || in->size > fuse::kMaxWrite) return finish(call, fail(ErrorKind::kInvalid));
-    if (in->offset >= file->size() || in->size == 0) return finish(call, {});
+    if (in == nullptr || in->size > fuse::kMaxWrite) return finish(fail(ErrorKind::kInvalid));
+    if (in->offset >= file->size() || in->size == 0) return finish({});
     const auto length = static_cast<uint32_t>(std::min<uint64_t>(in->size, file->size() - in->offset));
     std::byte* at = nullptr;
     Status s = call.reactor.block_on(file->read(in->offset, length, call.scratch, &at));
     const iovec data{at, length};
-    return finish(call, std::move(s), {&data, 1});
+    return finish(std::move(s), {&data, 1});
   }
   if (h.opcode == FUSE_WRITE) {
     const auto* in = call.args<fuse_write_in>();
-    if (in == nullptr || call.size < kHeader + in->size) return finish(call, fail(ErrorKind::kInvalid));
-    if (file->read_only()) return finish(call, fail(ErrorKind::kReadOnly));
+    if (in == nullptr || call.size < kHeader + in->size) return finish(fail(ErrorKind::kInvalid));
+    if (file->read_only()) return finish(fail(ErrorKind::kReadOnly));
     const std::span<const std::byte> data(call.in + kHeader, in->size);
     Status s = call.reactor.block_on(file->write(in->offset, data, call.scratch));
     fuse_write_out out{};
     out.size = in->size;
     const iovec answer{&out, sizeof out};
-    return finish(call, std::move(s), {&answer, 1});
+    return finish(std::move(s), {&answer, 1});
   }
-  if (h.opcode == FUSE_FSYNC) return finish(call, call.reactor.block_on(file->flush()));
+  if (h.opcode == FUSE_FSYNC) return finish(call.reactor.block_on(file->flush()));
   const auto* in = call.args<fuse_fallocate_in>();
-  if (in == nullptr) return finish(call, fail(ErrorKind::kInvalid));
+  if (in == nullptr) return finish(fail(ErrorKind::kInvalid));
   const bool punch = in->mode == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE);
   if (!punch) {
     // Space for a range inside the file: nothing to do; growing it: the size is the volume's.
@@ -499,8 +564,8 @@ PmemMount::Outcome PmemMount::serve_data(Call& call) {
     channel_.reply(h.unique, inside ? 0 : EOPNOTSUPP);
     return Outcome::kAnswered;
   }
-  if (file->read_only()) return finish(call, fail(ErrorKind::kReadOnly));
-  return finish(call, call.reactor.block_on(file->punch(in->offset, in->length)));
+  if (file->read_only()) return finish(fail(ErrorKind::kReadOnly));
+  return finish(call.reactor.block_on(file->punch(in->offset, in->length)));
 }
 
 void PmemMount::serve_init(const Call& call) {
@@ -549,9 +614,7 @@ fuse_attr PmemMount::attr_of(uint64_t node, const PmemFile* file) const {
 
 void PmemMount::serve_lookup(const Call& call) {
   const uint64_t unique = call.head().unique;
-  const size_t room = call.size - sizeof(fuse_in_header);
-  const char* text = reinterpret_cast<const char*>(call.in + sizeof(fuse_in_header));
-  const std::string name(text, ::strnlen(text, room));
+  const std::string name = name_in(call);
   std::shared_ptr<PmemFile> file;
   {
     std::lock_guard lock(names_mutex_);
@@ -575,7 +638,7 @@ void PmemMount::serve_attr(const Call& call) {
   bool known = false;
   const auto file = file_at(node, &known);
   if (node != fuse::kRootNode && !file) {
-    channel_.reply(call.head().unique, known ? EAGAIN : ESTALE);
+    channel_.reply(call.head().unique, ESTALE);
     return;
   }
   fuse_attr_out out{};

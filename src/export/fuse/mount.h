@@ -8,7 +8,7 @@
 //                    an error (a failed READ is SIGBUS for the VMM, a failed WRITE loses the page): it is held and
 //                    tried again, every 100 ms at first, every second later, until it succeeds or stop(false) aborts it.
 //
-// A request for a file that this process has not added yet (after an adoption) is held the same way.
+// A request for a file that this process has not added yet (after an adoption) is held the same way, until settle().
 //
 // Thread-safety: add, remove, stop from one thread at a time (composition root); the rest any thread but the workers.
 #pragma once
@@ -56,11 +56,15 @@ class PmemMount {
   // Makes `options.name` appear; a read-only file of the same volume, group and owner is shared, not made twice (the
   // second name is then an alias of one inode). kExists for a name in use, kInvalid for a bad name or size.
   Result<std::shared_ptr<PmemFile>> add(PmemFileOptions options);
-  // Takes the name away. Processes that still map it go on with resident pages; others get SIGBUS.
+  // Takes the name away, after what is dirty has been written back (as far as the volume lets it: nothing is held any
+  // more for this file). Blocks for that. Processes that still map it go on with resident pages; others get SIGBUS.
   void remove(const std::string& name);
+  // After an adoption, when all files have been added: forgets names that only the predecessor had, whose requests wait.
+  void settle();
 
-  // keep: leave the connection and its unanswered requests to a successor. Otherwise held requests are answered with
-  // EIO, the mount goes, and whoever still maps a file gets SIGBUS at the next cold page.
+  // keep: leave the connection and its unanswered requests to a successor. Otherwise dirty pages are written back, held
+  // requests are answered with EIO, the connection is aborted, the mount goes, and whoever still maps a file gets SIGBUS
+  // at the next cold page. Blocks for the writing back.
   void stop(bool keep);
 
   PmemMountStats stats() const;
@@ -92,7 +96,11 @@ class PmemMount {
   void serve_open(const Call& call);
   void serve_readdir(const Call& call);
   void serve_statfs(const Call& call);
-  Outcome finish(const Call& call, Status status, std::span<const iovec> payload = {});
+  Outcome finish(const Call& call, const PmemFile& file, Status status, std::span<const iovec> payload);
+  bool too_early(const Call& call) const;
+  static std::string name_in(const Call& call);
+  void retry_held();
+  void sync_last(PmemFile& file);
   std::shared_ptr<PmemFile> file_at(uint64_t node, bool* known) const;
   fuse_attr attr_of(uint64_t node, const PmemFile* file) const;
   Result<Fd> open_file(PmemFile& file, const std::string& name);

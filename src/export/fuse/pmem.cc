@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "src/base/log.h"
+#include "src/io/blocking_pool.h"
 
 namespace spillway {
 
@@ -12,8 +13,10 @@ namespace {
 
 class FuseExport final : public FusePmemExport {
  public:
-  FuseExport(std::string name, std::shared_ptr<PmemMount> mount, std::shared_ptr<PmemFile> file, std::string link)
-      : name_(std::move(name)), link_(std::move(link)), mount_(std::move(mount)), file_(std::move(file)) {}
+  FuseExport(std::string name, std::shared_ptr<PmemMount> mount, std::shared_ptr<PmemFile> file, std::string link,
+             BlockingPool* blocking)
+      : name_(std::move(name)), link_(std::move(link)), mount_(std::move(mount)), file_(std::move(file)),
+        blocking_(blocking) {}
   ~FuseExport() override { end(false); }
 
   const std::string& name() const override { return name_; }
@@ -35,8 +38,14 @@ class FuseExport final : public FusePmemExport {
     return s;
   }
   Task<void> stop(bool keep) override {
-    end(keep);
-    return Task<void>::ready();
+    if (keep || blocking_ == nullptr) {
+      end(keep);
+      co_return;
+    }
+    co_await blocking_->run([this] {  // writes back what is dirty
+      end(false);
+      return true;
+    });
   }
 
  private:
@@ -50,6 +59,7 @@ class FuseExport final : public FusePmemExport {
   const std::string name_, link_;
   std::shared_ptr<PmemMount> mount_;
   std::shared_ptr<PmemFile> file_;
+  BlockingPool* blocking_;
   bool ended_ = false;
 };
 
@@ -84,7 +94,8 @@ Result<std::unique_ptr<FusePmemExport>> start_fuse_pmem(ExportOptions options, P
       return std::unexpected(std::move(s).error());
     }
   }
-  return std::make_unique<FuseExport>(options.name, pmem.mount, std::move(file), pmem.link);
+  return std::make_unique<FuseExport>(options.name, pmem.mount, std::move(file), pmem.link,
+                                      options.blocking);
 }
 
 }  // namespace spillway

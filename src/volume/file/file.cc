@@ -9,8 +9,10 @@
 #include <sys/sysmacros.h>
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <cstdio>
+#include <thread>
 #include <utility>
 
 #include "src/base/log.h"
@@ -350,7 +352,16 @@ Result<VolumePtr> open_file(std::string name, FileOptions options) {
   if (probe.geometry.block_size > 4096 || (probe.geometry.block_size & (probe.geometry.block_size - 1)) != 0)
     return fail(ErrorKind::kUnsupported, fmt::format("{}: logical blocks of {}", what, probe.geometry.block_size));
   if (probe.size == 0) return fail(ErrorKind::kInvalid, what + ": is empty");
-  if (options.lock) SPILLWAY_CHECK(take_image_lock(fd.get(), !options.read_only, what));
+  if (options.lock) {
+    constexpr uint32_t kPauseMs = 5;
+    Status locked = take_image_lock(fd.get(), !options.read_only, what);
+    for (uint32_t ms = 0; !locked && locked.error().kind() == ErrorKind::kBusy && ms < options.lock_wait_ms;
+         ms += kPauseMs) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(kPauseMs));
+      locked = take_image_lock(fd.get(), !options.read_only, what);
+    }
+    SPILLWAY_CHECK(std::move(locked));
+  }
   return std::make_shared<FileVolume>(std::move(name), probe, std::move(fd), std::move(options.path), direct);
 }
 

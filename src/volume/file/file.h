@@ -23,6 +23,9 @@ struct FileOptions {
   bool direct = true;
   bool buffered_fallback = true;
   bool lock = true;
+  // How long to wait for a lock that somebody has. A process that was killed keeps its locks until the kernel is done
+  // with the requests it had in flight: a successor that waits for them also knows that none of them lands after its own.
+  uint32_t lock_wait_ms = 0;
   // Logical block size to offer; 0 = as the device says (512 for files where O_DIRECT allows it).
   uint32_t block_size = 0;
   // > 0: the file is created (sparse) with this size when it does not exist.
