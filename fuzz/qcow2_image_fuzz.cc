@@ -67,7 +67,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (image) reactor.block_on(use(*image, !read_only));
   }
   auto info = reactor.block_on(image_info(*file, ImageFormat::kQcow2));
-  if (info) (void)info_to_json(*info);
+  if (info) (void)info_to_json("fuzz", 0, *info);
   if (!put()) return 0;
   auto report = reactor.block_on(check_qcow2(*file, Qcow2Repair::kAll));
   (void)report;

@@ -19,8 +19,17 @@ namespace {
 
 struct Args {
   std::string file, target, format, output_format = "raw", size, backing, backing_format, cluster_size, data_file;
-  std::string compression = "zlib", repair;
-  bool json = false, extended_l2 = false, lazy = false, compress = false;
+  std::string compression = "zlib", repair, compat = "1.1", snapshot;
+  uint32_t refcount_bits = 16;
+  bool json = false, extended_l2 = false, lazy = false, compress = false, data_file_raw = false;
+};
+
+// The image is opened as itself, or as the backing or data file of another one.
+struct Opening {
+  std::string path, format;
+  bool read_only = true;
+  std::string snapshot;
+  std::vector<std::string> chain;  // canonical paths of the images above
 };
 
 Result<VolumePtr> open_path(const std::string& path, bool read_only, uint64_t create_size = 0) {
@@ -31,7 +40,13 @@ Result<VolumePtr> open_path(const std::string& path, bool read_only, uint64_t cr
   return open_file(path, std::move(o));
 }
 
-Task<Result<VolumePtr>> open_image(std::string path, std::string format, bool read_only, std::vector<std::string> chain);
+// What a file occupies on its disk.
+uint64_t allocated_bytes(const std::string& path) {
+  struct stat st {};
+  return ::stat(path.c_str(), &st) == 0 ? static_cast<uint64_t>(st.st_blocks) * 512 : 0;
+}
+
+Task<Result<VolumePtr>> open_image(Opening o);
 
 Task<Result<VolumePtr>> resolve(std::string from, std::vector<std::string> chain, ImageReference ref) {
   // Tools run with the caller's own rights on images he names: backing files may be wherever he may read, as with
@@ -39,28 +54,39 @@ Task<Result<VolumePtr>> resolve(std::string from, std::vector<std::string> chain
   auto path = resolve_image_path(from, ref.name, {"/"});
   if (!path) co_return fail(path.error());
   SPILLWAY_CO_CHECK(check_chain(chain, *path));
-  auto opened = co_await open_image(*path, ref.format, true, chain);
+  Opening o{*path, ref.format, !ref.writable, {}, chain};
+  auto opened = co_await open_image(std::move(o));
   co_return opened;
 }
 
-Task<Result<VolumePtr>> open_image(std::string path, std::string format, bool read_only,
-                                   std::vector<std::string> chain) {
-  SPILLWAY_CO_TRY(VolumePtr file, open_path(path, read_only));
+Task<Result<VolumePtr>> open_image(Opening o) {
+  SPILLWAY_CO_TRY(VolumePtr file, open_path(o.path, o.read_only));
   ImageFormat kind = ImageFormat::kRaw;
-  if (!format.empty()) {
-    SPILLWAY_CO_TRY(kind, parse_image_format(format));
+  if (!o.format.empty()) {
+    SPILLWAY_CO_TRY(kind, parse_image_format(o.format));
   } else {
     SPILLWAY_CO_TRY(kind, co_await probe_format(file));
   }
+  if (kind == ImageFormat::kRaw && !o.snapshot.empty())
+    co_return fail(ErrorKind::kInvalid, fmt::format("{}: a raw image has no snapshots", o.path));
   if (kind == ImageFormat::kRaw) co_return file;
   std::error_code ec;
-  const std::string canonical = std::filesystem::canonical(path, ec).string();
+  const std::string canonical = std::filesystem::canonical(o.path, ec).string();
+  const bool guessed = o.format.empty() && !o.chain.empty();
+  std::vector<std::string> chain = o.chain;
   chain.push_back(canonical);
   Qcow2Options q;
-  q.read_only = read_only;
-  q.resolver = [canonical, chain](ImageReference ref) { return resolve(canonical, chain, std::move(ref)); };
-  auto image = co_await open_qcow2(path, file, std::move(q));
+  q.read_only = o.read_only;
+  q.snapshot = o.snapshot;
+  if (guessed) q.resolver = refuse_names_in_guessed();
+  else q.resolver = [canonical, chain](ImageReference ref) { return resolve(canonical, chain, std::move(ref)); };
+  auto image = co_await open_qcow2(o.path, file, std::move(q));
   co_return image;
+}
+
+// A name as it will stand in the header of `image`.
+std::string beside(const std::string& image, const std::string& name) {
+  return name[0] == '/' ? name : std::filesystem::absolute(image).parent_path().string() + "/" + name;
 }
 
 Task<Status> create(Args a) {
@@ -70,9 +96,8 @@ Task<Status> create(Args a) {
   if (!a.size.empty()) {
     SPILLWAY_CO_TRY(size, parse_size(a.size));
   } else if (!a.backing.empty()) {
-    const std::string folder = std::filesystem::absolute(a.file).parent_path().string();
-    const std::string path = a.backing[0] == '/' ? a.backing : folder + "/" + a.backing;
-    SPILLWAY_CO_TRY(VolumePtr below, co_await open_image(path, a.backing_format, true, {}));
+    Opening o{beside(a.file, a.backing), a.backing_format, true, {}, {}};
+    SPILLWAY_CO_TRY(VolumePtr below, co_await open_image(std::move(o)));
     size = below->size();
     SPILLWAY_CO_CHECK(co_await below->close());
   }
@@ -92,7 +117,17 @@ Task<Status> create(Args a) {
   if (a.compression == "zstd") q.compression = Qcow2Compression::kZstd;
   q.backing_file = a.backing;
   q.backing_format = a.backing_format;
+  if (!a.data_file.empty()) {
+    const std::string path = beside(a.file, a.data_file);
+    if (::access(path.c_str(), F_OK) != 0) {
+      SPILLWAY_CO_TRY(VolumePtr data, open_path(path, false, align_up(size, 512)));
+      SPILLWAY_CO_CHECK(co_await data->close());
+    }
+  }
   q.data_file = a.data_file;
+  q.data_file_raw = a.data_file_raw;
+  q.version = a.compat == "0.10" || a.compat == "v2" ? 2 : 3;
+  q.refcount_bits = a.refcount_bits;
   SPILLWAY_CO_TRY(VolumePtr file, open_path(a.file, false, kind == ImageFormat::kRaw ? align_up(size, 512) : 512));
   if (kind == ImageFormat::kQcow2) {
     Status s = co_await create_qcow2(file, q);
@@ -113,7 +148,8 @@ Task<Status> info(Args a) {
     SPILLWAY_CO_TRY(kind, co_await probe_format(file));
   }
   SPILLWAY_CO_TRY(const ImageInfo i, co_await image_info(file, kind));
-  std::fputs(a.json ? info_to_json(i).c_str() : info_to_text(a.file, i).c_str(), stdout);
+  const uint64_t actual = allocated_bytes(a.file);
+  std::fputs(a.json ? info_to_json(a.file, actual, i).c_str() : info_to_text(a.file, actual, i).c_str(), stdout);
   if (a.json) std::fputc('\n', stdout);
   co_return Status{};
 }
@@ -129,14 +165,16 @@ Task<Status> check(Args a) {
 }
 
 Task<Status> map(Args a) {
-  SPILLWAY_CO_TRY(VolumePtr image, co_await open_image(a.file, a.format, true, {}));
-  SPILLWAY_CO_TRY(const auto entries, co_await map_image(image));
+  Opening o{a.file, a.format, true, a.snapshot, {}};
+  SPILLWAY_CO_TRY(VolumePtr image, co_await open_image(std::move(o)));
+  SPILLWAY_CO_TRY(const auto entries, co_await map_image(image, [](const Volume& v) { return allocated_bytes(v.name()); }));
   std::fputs(a.json ? map_to_json(entries).c_str() : map_to_text(entries).c_str(), stdout);
   co_return Status{};
 }
 
 Task<Status> resize(Args a) {
-  SPILLWAY_CO_TRY(VolumePtr image, co_await open_image(a.file, a.format, false, {}));
+  Opening o{a.file, a.format, false, {}, {}};
+  SPILLWAY_CO_TRY(VolumePtr image, co_await open_image(std::move(o)));
   uint64_t size = 0;
   const bool relative = !a.size.empty() && a.size[0] == '+';
   SPILLWAY_CO_TRY(size, parse_size(relative ? a.size.substr(1) : a.size));
@@ -147,7 +185,8 @@ Task<Status> resize(Args a) {
 }
 
 Task<Status> convert(Args a) {
-  SPILLWAY_CO_TRY(VolumePtr source, co_await open_image(a.file, a.format, true, {}));
+  Opening from{a.file, a.format, true, a.snapshot, {}};
+  SPILLWAY_CO_TRY(VolumePtr source, co_await open_image(std::move(from)));
   Args target = a;
   target.file = a.target;
   target.format = a.output_format;
@@ -159,11 +198,15 @@ Task<Status> convert(Args a) {
   options.compress = a.compress;
   options.target_is_zero = true;
   {
-    SPILLWAY_CO_TRY(VolumePtr out, co_await open_image(a.target, a.output_format, false, {}));
+    Opening to{a.target, a.output_format, false, {}, {}};
+    SPILLWAY_CO_TRY(VolumePtr out, co_await open_image(std::move(to)));
     Status copied = co_await convert_image(source, out, options);
     Status closed = co_await out->close();
-    if (!copied) co_return copied;
-    if (!closed) co_return closed;
+    if (copied) copied = std::move(closed);
+    if (!copied) {
+      ::unlink(a.target.c_str());  // made above; half a copy is worth nothing
+      co_return copied;
+    }
   }
   co_return co_await source->close();
 }
@@ -192,16 +235,25 @@ void add_image_commands(CLI::App& app, int* exit_code) {
   auto a = std::make_shared<Args>();
   auto format = [a](CLI::App& s) { s.add_option("-f,--format", a->format, "raw or qcow2; default: looked at"); };
   auto json = [a](CLI::App& s) { s.add_flag("--json", a->json, "qemu-img's JSON"); };
+  auto snapshot = [a](CLI::App& s) {
+    s.add_option("-l,--snapshot", a->snapshot, "Internal snapshot to read, by id or name; default: the active state");
+  };
+  auto shape = [a](CLI::App& s) {
+    s.add_option("--cluster-size", a->cluster_size, "512 to 2M, default 64K");
+    s.add_option("--refcount-bits", a->refcount_bits, "1 to 64, default 16");
+    s.add_option("--compat", a->compat, "1.1 (v3) or 0.10 (v2)")->check(CLI::IsMember({"0.10", "1.1", "v2", "v3"}));
+    s.add_flag("--extended-l2", a->extended_l2, "Subclusters");
+    s.add_flag("--lazy-refcounts", a->lazy);
+    s.add_option("--compression", a->compression)->check(CLI::IsMember({"zlib", "zstd"}));
+    s.add_option("--data-file", a->data_file, "External data file, as it shall stand in the header; made if missing");
+    s.add_flag("--data-file-raw", a->data_file_raw, "The data file reads as the image does");
+  };
   command(*image, "create", "Make an empty image", a, exit_code, create, [=](CLI::App& s) {
     format(s);
     s.add_option("SIZE", a->size, "Virtual size; default: the backing file's");
     s.add_option("-b,--backing", a->backing, "Backing file, as it shall stand in the header");
     s.add_option("-F,--backing-format", a->backing_format, "raw or qcow2");
-    s.add_option("--cluster-size", a->cluster_size, "512 to 2M, default 64K");
-    s.add_flag("--extended-l2", a->extended_l2, "Subclusters");
-    s.add_flag("--lazy-refcounts", a->lazy);
-    s.add_option("--compression", a->compression)->check(CLI::IsMember({"zlib", "zstd"}));
-    s.add_option("--data-file", a->data_file, "External data file (must exist)");
+    shape(s);
   });
   command(*image, "info", "Header and snapshots", a, exit_code, info, [=](CLI::App& s) {
     format(s);
@@ -214,6 +266,7 @@ void add_image_commands(CLI::App& app, int* exit_code) {
   command(*image, "map", "Where the contents are", a, exit_code, map, [=](CLI::App& s) {
     format(s);
     json(s);
+    snapshot(s);
   });
   command(*image, "resize", "Grow the virtual size (+SIZE: by that much)", a, exit_code, resize, [=](CLI::App& s) {
     format(s);
@@ -224,8 +277,8 @@ void add_image_commands(CLI::App& app, int* exit_code) {
     s.add_option("TARGET", a->target)->required();
     s.add_option("-O,--output-format", a->output_format)->check(CLI::IsMember({"raw", "qcow2"}));
     s.add_flag("-c,--compress", a->compress);
-    s.add_option("--cluster-size", a->cluster_size);
-    s.add_option("--compression", a->compression)->check(CLI::IsMember({"zlib", "zstd"}));
+    snapshot(s);
+    shape(s);
   });
 }
 

@@ -226,6 +226,9 @@ Status read_volume(Section& s, VolumeConfig& v) {
   if (v.layer == "qcow2") {
     SPILLWAY_CHECK(s.text("backing", v.backing));
     SPILLWAY_CHECK(s.path("image_folder", v.image_folder));
+    SPILLWAY_CHECK(s.text("data_file", v.data_file));
+    SPILLWAY_CHECK(s.text("snapshot", v.snapshot));
+    if (!v.snapshot.empty()) v.read_only = true;
   }
   return {};
 }
@@ -409,6 +412,8 @@ Status Config::check_references() const {
     }
     if (!v.backing.empty() && !has_volume(v.backing))
       return fail(v.where.error("backing", fmt::format("there is no volume or disk \"{}\"", v.backing)));
+    if (!v.data_file.empty() && !has_volume(v.data_file))
+      return fail(v.where.error("data_file", fmt::format("there is no volume or disk \"{}\"", v.data_file)));
   }
   std::map<std::string, std::string> paths;
   for (auto& [name, d] : disks) {
@@ -449,6 +454,7 @@ Result<std::vector<std::string>> Config::build_order() const {
     for (auto& m : it->second.members) SPILLWAY_CHECK(visit(m));
     for (auto& m : it->second.spares) SPILLWAY_CHECK(visit(m));
     if (!it->second.backing.empty()) SPILLWAY_CHECK(visit(it->second.backing));
+    if (!it->second.data_file.empty()) SPILLWAY_CHECK(visit(it->second.data_file));
     state[name] = 2;
     order.push_back(name);
     return {};
@@ -491,6 +497,7 @@ Status Config::check_overlaps() const {
           for (auto& m : v.members)
             if (m != "missing") walk(m, node, 0, UINT64_MAX);
           for (auto& m : v.spares) walk(m, node, 0, UINT64_MAX);
+          if (!v.data_file.empty()) walk(v.data_file, node, 0, UINT64_MAX);
         };
     walk(e.volume, "", 0, UINT64_MAX);
     return claims;
@@ -521,7 +528,40 @@ Status Config::check_overlaps() const {
                                       later.volume, other.name, p.node)));
         }
     }
+  // What lies under an overlay must not change: every block the overlay has not copied would change with it.
+  for (auto& [name, v] : volumes) {
+    if (v.backing.empty()) continue;
+    if (const ExportConfig* w = writer_of(v.backing))
+      return fail(v.where.error("backing", fmt::format("\"{}\" is written by export \"{}\"", v.backing, w->name)));
+  }
   return {};
+}
+
+const ExportConfig* Config::writer_of(const std::string& name) const {
+  using Reached = std::map<std::string, bool>;  // by name: true when only through slices
+  std::function<void(const std::string&, bool, bool, Reached&)> walk = [&](const std::string& node, bool sliced,
+                                                                           bool reading, Reached& all) {
+    auto [seen, fresh] = all.emplace(node, sliced);
+    if (!fresh && (seen->second == sliced || sliced)) return;
+    seen->second = sliced;
+    auto it = volumes.find(node);
+    if (it == volumes.end()) return;
+    const VolumeConfig& v = it->second;
+    for (auto* list : {&v.members, &v.spares})
+      for (auto& m : *list) walk(m, sliced || v.layer == "slice", reading, all);
+    if (!v.data_file.empty()) walk(v.data_file, sliced, reading, all);
+    if (reading && !v.backing.empty()) walk(v.backing, sliced, reading, all);
+  };
+  Reached read;
+  walk(name, false, true, read);
+  for (auto& [export_name, e] : exports) {
+    if (e.read_only) continue;
+    Reached written;
+    walk(e.volume, false, false, written);
+    for (auto& [node, sliced] : written)
+      if (auto it = read.find(node); it != read.end() && node != "missing" && !(sliced && it->second)) return &e;
+  }
+  return nullptr;
 }
 
 std::string Config::dump() const {
@@ -588,6 +628,8 @@ std::string Config::dump() const {
     put_size(t, "length", v.length, 0);
     put_text(t, "backing", v.backing);
     put_text(t, "image_folder", v.image_folder);
+    put_text(t, "data_file", v.data_file);
+    put_text(t, "snapshot", v.snapshot);
     put_true(t, "readonly", v.read_only);
     put_true(t, "force", v.force);
     vs.insert_or_assign(name, std::move(t));

@@ -62,6 +62,8 @@ struct VolumeConfig {
   uint64_t offset = 0, length = 0;  // slice; length 0 = to the end
   std::string backing;      // qcow2: volume name that replaces the image's own backing file
   std::string image_folder; // qcow2: backing files must lie in here (default: the folder of the image)
+  std::string data_file;    // qcow2: volume name of the external data file; a writable image needs it
+  std::string snapshot;     // qcow2: id or name of the internal snapshot to read; implies read_only
   bool read_only = false;
   bool force = false;       // start a dirty degraded array
 };
@@ -123,6 +125,9 @@ struct Config {
   }
   // The volume whose offsets the cache keys by: `name` with the slices above it taken off (ARCHITECTURE, cache).
   std::string data_node(const std::string& name) const;
+  // The writable export that changes what volume or disk `name` reads as, or null. Disjoint slices of one volume are
+  // not told from overlapping ones by this: both below a slice, they pass.
+  const ExportConfig* writer_of(const std::string& name) const;
 
  private:
   Status check_references() const;

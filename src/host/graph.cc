@@ -184,23 +184,32 @@ Task<Result<VolumePtr>> Graph::open_image(const VolumeConfig& v, const CacheMode
     if (!backing) co_return backing;
     q.backing = *backing;
   }
+  if (!v.data_file.empty()) {
+    Result<VolumePtr> data = VolumePtr{};
+    if (mode != nullptr) data = co_await open_cached(v.data_file, *mode, tenant);
+    else data = co_await open(v.data_file);
+    if (!data) co_return data;
+    q.data_file = *data;
+  }
+  q.snapshot = v.snapshot;
   std::vector<std::string> folders;
   if (!v.image_folder.empty()) folders.push_back(v.image_folder);
   else if (!path.empty()) folders.push_back(std::filesystem::path(path).parent_path().string());
   // An image on a layer has no folder of its own: names in it lead nowhere unless image_folder says so.
   const std::string from = !path.empty() ? path : v.image_folder.empty() ? "" : v.image_folder + "/" + v.name;
-  if (!from.empty()) q.resolver = resolver(from, mode, tenant, folders, {from}, q.read_only);
+  if (!from.empty()) q.resolver = resolver(from, mode, tenant, folders, {from});
   auto image = co_await open_qcow2(v.name, *file, std::move(q));
   if (!image) {
     const std::string message = image.error().message();
     const bool reference = message.find("backing") != std::string::npos && !v.backing.empty();
-    co_return fail(at(v.where, reference ? "backing" : "members", image.error()));
+    const bool snapshot = !v.snapshot.empty() && message.find("snapshot") != std::string::npos;
+    co_return fail(at(v.where, reference ? "backing" : snapshot ? "snapshot" : "members", image.error()));
   }
   co_return *image;
 }
 
 ImageResolver Graph::resolver(std::string image_path, const CacheMode* mode, std::string tenant,
-                              std::vector<std::string> folders, std::vector<std::string> chain, bool read_only) {
+                              std::vector<std::string> folders, std::vector<std::string> chain) {
   std::optional<CacheMode> kept;
   if (mode != nullptr) kept = *mode;
   struct Resolve {
@@ -209,33 +218,36 @@ ImageResolver Graph::resolver(std::string image_path, const CacheMode* mode, std
     std::optional<CacheMode> mode;
     std::string tenant;
     std::vector<std::string> folders, chain;
-    bool read_only;
     static Task<Result<VolumePtr>> run(Resolve r, ImageReference ref) {
       auto path = resolve_image_path(r.image_path, ref.name, r.folders);
       if (!path) co_return fail(path.error());
       Status chain_ok = check_chain(r.chain, *path);
       if (!chain_ok) co_return fail(chain_ok.error());
-      const bool writable = ref.writable && !r.read_only;
+      // What is written is the config's choice, never the image's: it could name its neighbour, or a shared base.
+      if (ref.writable)
+        co_return fail(ErrorKind::kPermission,
+                       fmt::format("{}: an image may not choose what is written; say data_file = \"DISK\"", *path));
       auto opened = co_await r.graph->open_image_file(*path, ref.format, r.mode ? &*r.mode : nullptr, r.tenant,
-                                                      r.folders, r.chain, writable);
+                                                      r.folders, r.chain);
       co_return opened;
     }
   };
-  Resolve resolve{this, std::move(image_path), kept, std::move(tenant), std::move(folders), std::move(chain),
-                  read_only};
+  Resolve resolve{this, std::move(image_path), kept, std::move(tenant), std::move(folders), std::move(chain)};
   return [resolve](ImageReference ref) { return Resolve::run(resolve, std::move(ref)); };
 }
 
 // An image file that another image names: one volume for each file, whoever names it. A [disk] with that path serves,
-// else a disk is implied, read-only unless it is a data file.
+// else a read-only disk is implied.
 Task<Result<VolumePtr>> Graph::open_image_file(std::string path, std::string format, const CacheMode* mode,
                                                std::string tenant, std::vector<std::string> folders,
-                                               std::vector<std::string> chain, bool writable) {
+                                               std::vector<std::string> chain) {
   std::string name;
   for (auto& [disk_name, d] : config_.disks) {
     std::error_code ec;
     if (d.kind == DiskKind::kFile && std::filesystem::equivalent(d.path, path, ec)) name = disk_name;
   }
+  if (const ExportConfig* w = name.empty() ? nullptr : config_.writer_of(name))
+    co_return fail(ErrorKind::kBusy, fmt::format("{} is written by export \"{}\"", path, w->name));
   Result<VolumePtr> file = VolumePtr{};
   const std::string mode_word = mode != nullptr ? std::string(to_string(*mode)) : "";
   if (!name.empty()) {
@@ -251,7 +263,7 @@ Task<Result<VolumePtr>> Graph::open_image_file(std::string path, std::string for
         DiskConfig& d = implied_disks_[path];
         d.name = path;
         d.path = path;
-        d.read_only = !writable;
+        d.read_only = true;
         d.where = Where{config_.file, 0, "image " + path, {}};
         file = co_await open_disk(d);
         if (!file) co_return file;
@@ -279,7 +291,8 @@ Task<Result<VolumePtr>> Graph::open_image_file(std::string path, std::string for
   q.read_only = true;
   q.registry = options_.registry;
   chain.push_back(path);
-  q.resolver = resolver(path, mode, tenant, folders, chain, true);
+  if (!format.empty()) q.resolver = resolver(path, mode, tenant, folders, chain);
+  else q.resolver = refuse_names_in_guessed();
   auto image = co_await open_qcow2(path, *file, std::move(q));
   if (!image) co_return image;
   opened_.push_back(*image);

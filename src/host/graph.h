@@ -58,9 +58,9 @@ class Graph {
   Task<Result<VolumePtr>> open_image(const VolumeConfig& v, const CacheMode* mode, std::string tenant);
   Task<Result<VolumePtr>> open_image_file(std::string path, std::string format, const CacheMode* mode,
                                           std::string tenant, std::vector<std::string> folders,
-                                          std::vector<std::string> chain, bool writable);
+                                          std::vector<std::string> chain);
   ImageResolver resolver(std::string image_path, const CacheMode* mode, std::string tenant,
-                         std::vector<std::string> folders, std::vector<std::string> chain, bool read_only);
+                         std::vector<std::string> folders, std::vector<std::string> chain);
   // The host path of the disk a volume is made of alone, or "" (slices, layers, memory).
   std::string path_of(const std::string& name) const;
 

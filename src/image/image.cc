@@ -1,8 +1,11 @@
 #include "src/image/image.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 
 #include <fmt/core.h>
@@ -62,7 +65,14 @@ Result<std::string> resolve_image_path(const std::string& image_path, std::strin
     std::string folder = canonical(f);
     if (folder.empty()) continue;
     if (folder.back() != '/') folder += '/';
-    if (!target.empty() && target.starts_with(folder)) return target;
+    if (!target.empty() && target.starts_with(folder)) {
+      // Opening a fifo would wait for somebody, opening a terminal or a tape does things.
+      struct stat st {};
+      if (::stat(target.c_str(), &st) == 0 && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+        return fail(ErrorKind::kInvalid,
+                    fmt::format("image {}: '{}' is neither a file nor a block device", image_path, shown));
+      return target;
+    }
     if (target.empty()) {
       const size_t cut = full.rfind('/');
       const std::string parent = canonical(cut == std::string::npos ? "." : full.substr(0, cut + 1)) + "/";
@@ -70,6 +80,16 @@ Result<std::string> resolve_image_path(const std::string& image_path, std::strin
     }
   }
   return refused;
+}
+
+ImageResolver refuse_names_in_guessed() {
+  return [](ImageReference ref) -> Task<Result<VolumePtr>> {
+    std::string shown;
+    for (char c : ref.name.substr(0, 200)) shown += c >= 0x20 && c < 0x7f ? c : '?';
+    return Task<Result<VolumePtr>>::ready(
+        fail(ErrorKind::kPermission, fmt::format("'{}' is named by an image whose format the image above does not say: "
+                                                 "not followed (qemu-img rebase -u -F qcow2 says it)", shown)));
+  };
 }
 
 Status check_chain(const std::vector<std::string>& chain, const std::string& path) {
@@ -83,21 +103,34 @@ Status check_chain(const std::vector<std::string>& chain, const std::string& pat
   return {};
 }
 
-Task<Result<std::vector<MapEntry>>> map_image(VolumePtr image) {
+namespace {
+
+bool follows(const MapEntry& last, const MapEntry& e) {
+  return last.depth == e.depth && last.present == e.present && last.zero == e.zero && last.data == e.data &&
+         last.has_offset == e.has_offset && last.compressed == e.compressed && last.file == e.file &&
+         (!e.has_offset || last.offset + last.length == e.offset);
+}
+
+// The file's own block status for [offset, offset + e.length): cuts `e` where it changes.
+Task<Result<bool>> file_has_hole(Volume& file, uint64_t offset, MapEntry& e) {
+  const uint32_t block = file.geometry().block_size;
+  const uint64_t from = align_down(offset, block), to = std::min(file.size(), align_up(offset + e.length, block));
+  if (from >= to) co_return true;  // beyond the end
+  SPILLWAY_CO_TRY(const std::vector<Extent> extents, co_await file.block_status(from, to - from));
+  if (extents.empty()) co_return fail(ErrorKind::kIo, fmt::format("volume {}: no block status", file.name()));
+  const bool hole = extents[0].kind != Extent::Kind::kData;
+  const uint64_t end = extents[0].offset + extents[0].length;
+  // A hole at the end of the file goes on for ever.
+  if (!(hole && end >= file.size())) e.length = std::min(e.length, end - offset);
+  co_return hole;
+}
+
+}  // namespace
+
+Task<Result<std::vector<MapEntry>>> map_image(VolumePtr image, AllocatedBytes allocated) {
   std::vector<MapEntry> all;
+  std::map<const Qcow2Image*, bool> preallocated;
   const uint64_t total = image->size();
-  auto add = [&](MapEntry e) {
-    if (!all.empty()) {
-      MapEntry& last = all.back();
-      if (last.depth == e.depth && last.present == e.present && last.zero == e.zero && last.data == e.data &&
-          last.has_offset == e.has_offset && last.compressed == e.compressed &&
-          (!e.has_offset || last.offset + last.length == e.offset)) {
-        last.length += e.length;
-        return;
-      }
-    }
-    all.push_back(e);
-  };
   for (uint64_t at = 0; at < total;) {
     MapEntry e;
     e.start = at;
@@ -106,15 +139,11 @@ Task<Result<std::vector<MapEntry>>> map_image(VolumePtr image) {
     for (;;) {
       auto* q = dynamic_cast<Qcow2Image*>(v);
       if (q == nullptr) {
-        const uint32_t block = v->geometry().block_size;
-        const uint64_t from = align_down(at, block), to = std::min(v->size(), align_up(at + e.length, block));
-        SPILLWAY_CO_TRY(const std::vector<Extent> extents, co_await v->block_status(from, to - from));
-        if (extents.empty()) co_return fail(ErrorKind::kIo, fmt::format("volume {}: no block status", v->name()));
-        e.length = std::min(e.length, extents[0].offset + extents[0].length - at);
+        SPILLWAY_CO_TRY(e.zero, co_await file_has_hole(*v, at, e));
         e.present = e.has_offset = true;
-        e.data = extents[0].kind == Extent::Kind::kData;
-        e.zero = !e.data;
+        e.data = !e.zero;
         e.offset = at;
+        e.file = v->name();
         break;
       }
       SPILLWAY_CO_TRY(const Qcow2Image::Run r, co_await q->map_run(at, e.length));
@@ -137,10 +166,22 @@ Task<Result<std::vector<MapEntry>>> map_image(VolumePtr image) {
       e.compressed = r.kind == Qcow2Image::Kind::kPacked;
       e.has_offset = r.kind == Qcow2Image::Kind::kData || (e.zero && r.has_host);
       e.offset = e.has_offset ? r.host : 0;
+      e.file = q->data().volume().name();
+      if (allocated && r.kind == Qcow2Image::Kind::kData) {
+        auto known = preallocated.find(q);
+        if (known == preallocated.end()) {
+          SPILLWAY_CO_TRY(const bool is, co_await q->counts_more_than(allocated(*q->members()[0])));
+          known = preallocated.emplace(q, is).first;
+        }
+        if (known->second) {
+          SPILLWAY_CO_TRY(e.zero, co_await file_has_hole(q->data().volume(), r.host, e));
+        }
+      }
       break;
     }
-    add(e);
     at += e.length;
+    if (!all.empty() && follows(all.back(), e)) all.back().length += e.length;
+    else all.push_back(std::move(e));
   }
   co_return all;
 }
@@ -158,11 +199,25 @@ std::string map_to_json(const std::vector<MapEntry>& entries) {
 }
 
 std::string map_to_text(const std::vector<MapEntry>& entries) {
-  std::string t = fmt::format("{:<16} {:<16} {:<16} {}\n", "Offset", "Length", "Mapped to", "Depth");
-  for (const MapEntry& e : entries)
-    if (e.data)
-      t += fmt::format("{:<#16x} {:<#16x} {:<16} {}\n", e.start, e.length,
-                       e.has_offset ? fmt::format("{:#x}", e.offset) : "compressed", e.depth);
+  std::string t = fmt::format("{:<16}{:<16}{:<16}{}\n", "Offset", "Length", "Mapped to", "File");
+  MapEntry last;
+  auto out = [&] {
+    if (last.length == 0) return;
+    std::string file;
+    for (char c : last.file) file += static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? '?' : c;
+    t += fmt::format("{:<#16x}{:<#16x}{:<16}{}\n", last.start, last.length,
+                     last.compressed ? "compressed" : fmt::format("{:#x}", last.offset), file);
+  };
+  for (const MapEntry& e : entries) {
+    if (!e.data || e.zero) continue;
+    if (last.length != 0 && last.start + last.length == e.start && follows(last, e)) {
+      last.length += e.length;
+      continue;
+    }
+    out();
+    last = e;
+  }
+  out();
   return t;
 }
 

@@ -47,6 +47,10 @@ using ImageResolver = std::function<Task<Result<VolumePtr>>(ImageReference)>;
 Result<std::string> resolve_image_path(const std::string& image_path, std::string_view name,
                                        const std::vector<std::string>& folders);
 
+// For an image whose format was guessed because the image above does not say it: names in it are refused. Whoever wrote
+// the contents of a raw disk may have put a header there, and would choose what it leads to (the rule is libvirt's).
+ImageResolver refuse_names_in_guessed();
+
 // Chains longer than this are refused; so are loops (whoever implements the resolver passes the chain on).
 inline constexpr size_t kMaxBackingChain = 64;
 // Helper for resolvers: kInvalid with the chain in words when `path` is in it already or it is too long.
@@ -63,10 +67,16 @@ struct MapEntry {
   bool has_offset = false;
   bool compressed = false; // shown by newer qemu-img only
   uint64_t offset = 0;     // in the file of that layer
+  std::string file;        // its name; for the text only
 };
-// Works on any volume: an image tells layers apart, anything else is depth 0.
-Task<Result<std::vector<MapEntry>>> map_image(VolumePtr image);
+// Bytes that the file under an image occupies on its disk (st_blocks), for map_image.
+using AllocatedBytes = std::function<uint64_t(const Volume& file)>;
+// Works on any volume: an image tells layers apart, anything else is depth 0. As QEMU, an image whose refcounts count
+// more than its file occupies is taken for preallocated, and its data clusters are looked up in the file: what is a hole
+// there is `data` and `zero` at once. Without `allocated` that is left out.
+Task<Result<std::vector<MapEntry>>> map_image(VolumePtr image, AllocatedBytes allocated = {});
 std::string map_to_json(const std::vector<MapEntry>& entries);
+// Compressed clusters have no place to show: "compressed".
 std::string map_to_text(const std::vector<MapEntry>& entries);
 
 struct ConvertOptions {

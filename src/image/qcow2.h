@@ -85,8 +85,9 @@ struct ImageInfo {
 };
 // Header only; opens no other file. Works on images that open_qcow2 refuses to write (dirty, corrupt).
 Task<Result<ImageInfo>> image_info(VolumePtr file, ImageFormat format);
-std::string info_to_json(const ImageInfo& info);  // qemu-img's names
-std::string info_to_text(const std::string& filename, const ImageInfo& info);
+// qemu-img's names. `actual_bytes`: what the file occupies on its disk.
+std::string info_to_json(const std::string& filename, uint64_t actual_bytes, const ImageInfo& info);
+std::string info_to_text(const std::string& filename, uint64_t actual_bytes, const ImageInfo& info);
 
 enum class Qcow2Repair : uint8_t { kNone, kLeaks, kAll };
 struct Qcow2CheckReport {

@@ -134,9 +134,11 @@ Task<Result<ImageInfo>> image_info(VolumePtr file, ImageFormat format) {
   co_return info;
 }
 
-std::string info_to_json(const ImageInfo& i) {
+std::string info_to_json(const std::string& filename, uint64_t actual_bytes, const ImageInfo& i) {
   nlohmann::ordered_json j;
   j["virtual-size"] = i.virtual_size;
+  j["filename"] = filename;
+  j["actual-size"] = actual_bytes;
   j["file-size"] = i.file_size;
   j["format"] = to_string(i.format);
   if (i.format == ImageFormat::kQcow2) {
@@ -173,10 +175,10 @@ std::string info_to_json(const ImageInfo& i) {
   return j.dump(4, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
-std::string info_to_text(const std::string& filename, const ImageInfo& i) {
-  std::string t = fmt::format("image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\nfile size: {}\n", filename,
-                              to_string(i.format), format_size(i.virtual_size), i.virtual_size,
-                              format_size(i.file_size));
+std::string info_to_text(const std::string& filename, uint64_t actual_bytes, const ImageInfo& i) {
+  std::string t = fmt::format("image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\nfile size: {}\ndisk size: {}\n",
+                              filename, to_string(i.format), format_size(i.virtual_size), i.virtual_size,
+                              format_size(i.file_size), format_size(actual_bytes));
   if (i.format != ImageFormat::kQcow2) return t;
   auto safe = [](std::string s) {
     for (char& c : s)

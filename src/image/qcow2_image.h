@@ -57,6 +57,9 @@ class Qcow2Image final : public Volume {
   // As lookup, but loads what is missing. For map and block status.
   Task<Result<Run>> map_run(uint64_t offset, uint64_t length);
   const MemberIo& backing() const { return backing_; }
+  const MemberIo& data() const { return data_; }
+  // QEMU's guess whether the image was preallocated: its refcounts count clearly more than the file occupies.
+  Task<Result<bool>> counts_more_than(uint64_t allocated_bytes);
   uint64_t cluster_size() const { return cluster_size_; }
   // Writes whole clusters compressed where that makes them smaller (convert). One caller, nothing else running.
   Task<Status> write_compressed(IoContext ctx, uint64_t offset, std::span<const std::byte> cluster);

@@ -296,6 +296,23 @@ void Qcow2Image::decompressed_drop(uint64_t entry) {
   decompressed_index_.erase(it);
 }
 
+Task<Result<bool>> Qcow2Image::counts_more_than(uint64_t allocated_bytes) {
+  const uint64_t real = allocated_bytes >> cluster_bits_, threshold = std::max(real * 10 / 9, real + 2);
+  const uint64_t per_block = header_.refblock_entries();
+  const uint64_t per_slice = (uint64_t{refcounts_->slice_bytes()} * 8) >> header_.refcount_order;
+  const uint64_t end = align_up(file_.size(), cluster_size_) >> cluster_bits_;
+  uint64_t counted = 0;
+  auto guard = co_await owner_.guard();
+  for (uint64_t c = 0; c < end && counted < threshold; c = align_down(c, per_slice) + per_slice) {
+    if (c / per_block >= reftable_.size()) break;
+    if (reftable_[c / per_block] == 0) continue;
+    SPILLWAY_CO_TRY(SlicePin pin, co_await refcounts_->get(metadata(IoContext{}), c / per_slice));
+    for (uint64_t i = 0; i < per_slice && c + i < end; ++i)
+      counted += get_refcount(pin->bytes(), i, header_.refcount_order) != 0;
+  }
+  co_return counted >= threshold;
+}
+
 Task<Result<std::vector<Extent>>> Qcow2Image::do_block_status(uint64_t offset, uint64_t length) {
   std::vector<Extent> all;
   auto add = [&](uint64_t at, uint64_t n, Extent::Kind kind) {
