@@ -198,6 +198,14 @@ Task<Result<VolumePtr>> Graph::open_image(const VolumeConfig& v, const CacheMode
   // An image on a layer has no folder of its own: names in it lead nowhere unless image_folder says so.
   const std::string from = !path.empty() ? path : v.image_folder.empty() ? "" : v.image_folder + "/" + v.name;
   if (!from.empty()) q.resolver = resolver(from, mode, tenant, folders, {from});
+  Fd log;
+  if (!q.read_only && v.snapshot.empty() && options_.image_log) {
+    // By the file, not the name: a log must never be replayed into another image.
+    auto kept = options_.image_log(path.empty() ? "volume/" + v.name : path);
+    if (!kept) co_return fail(at(v.where, "members", kept.error()));
+    log = std::move(*kept);
+    q.log_fd = log.get();
+  }
   auto image = co_await open_qcow2(v.name, *file, std::move(q));
   if (!image) {
     const std::string message = image.error().message();

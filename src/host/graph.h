@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "src/base/fd.h"
 #include "src/control/config.h"
 #include "src/image/image.h"
 #include "src/io/blocking_pool.h"
@@ -30,6 +31,9 @@ struct GraphOptions {
   std::function<Result<VolumePtr>(VolumePtr leaf, const DiskConfig& disk)> wrap_disk;
   // Around each data node; null = no cache.
   std::function<Result<VolumePtr>(VolumePtr node, CacheMode mode, const std::string& key)> wrap_node;
+  // The memfd that keeps a writable image's unwritten table changes over a kill -9, the same one for the same key; null:
+  // none is kept.
+  std::function<Result<Fd>(const std::string& key)> image_log;
   reclaim::Registry* registry = nullptr;  // where image metadata caches register
 };
 

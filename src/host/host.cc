@@ -3,6 +3,7 @@
 
 
 #include <sched.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -157,6 +158,15 @@ Task<Status> Host::build() {
   };
   graph.wrap_node = [this](VolumePtr node, CacheMode mode, const std::string& key) -> Result<VolumePtr> {
     return cache_->attach(std::move(node), mode, key);
+  };
+  graph.image_log = [this](const std::string& key) -> Result<Fd> {
+    const std::string name = "qcow2/" + key;
+    if (auto kept = options_.store->get(name); kept && kept->fds.size() == 1) return std::move(kept->fds[0]);
+    Fd fresh(::memfd_create("spillway-qcow2-log", MFD_CLOEXEC));
+    if (!fresh) return fail_errno(errno, "image log");
+    const int fd = fresh.get();
+    SPILLWAY_CHECK(options_.store->put(name, std::span(&fd, 1), ""));
+    return fresh;
   };
   graph_ = std::make_unique<Graph>(config_, std::move(graph));
   SPILLWAY_CO_TRY(auto order, config_.build_order());

@@ -39,6 +39,10 @@ struct Qcow2Options {
   uint64_t refcount_cache_bytes = 8 * kMiB;
   // Decompressed clusters kept.
   uint64_t compressed_cache_bytes = 8 * kMiB;
+  // A memfd that outlives the process, empty or left by a predecessor that was killed: then its acknowledged changes are
+  // taken over when the image is opened (writable). Without one, what was not flushed before a kill -9 is lost, as with
+  // any other program. With one, lazy refcounts are not made use of. One image a memfd; borrowed while opening.
+  int log_fd = -1;
   // Where the caches register as shrinkers; null: bounded by the above only. Must outlive the volume.
   reclaim::Registry* registry = nullptr;
 };

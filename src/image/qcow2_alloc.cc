@@ -45,9 +45,10 @@ Task<Status> Qcow2Image::ensure_file(uint64_t end) {
   co_return Status{};
 }
 
-// Before the first change to any table: with lazy refcounts the dirty bit must be on disk.
+// Before the first change to any table: with lazy refcounts the dirty bit must be on disk. With a log they are not made
+// use of: repairing a dirty image would take what only the log names for free.
 Task<Status> Qcow2Image::begin_changes(IoContext) {
-  if ((header_.compatible & kLazyRefcounts) == 0 || marked_dirty_ || header_.version < 3) co_return Status{};
+  if (log_ != nullptr || (header_.compatible & kLazyRefcounts) == 0 || marked_dirty_ || header_.version < 3) co_return Status{};
   SPILLWAY_CO_CHECK(co_await update_incompatible(kDirty, 0));
   marked_dirty_ = true;
   co_return Status{};
@@ -250,26 +251,6 @@ Task<Status> Qcow2Image::grow_reftable(IoContext ctx, uint64_t block) {
 void Qcow2Image::defer_free(uint64_t host, uint64_t length, uint64_t compressed) {
   pending_free_.push_back({host, length, compressed});
   unstable_.fetch_add(1, std::memory_order_release);
-}
-
-// The reference is gone from the disk and from every request. Punches what nobody else refers to, then counts down.
-Task<Status> Qcow2Image::free_now(IoContext ctx, const Free& f) {
-  const uint64_t per_slice = (uint64_t{refcounts_->slice_bytes()} * 8) >> header_.refcount_order;
-  if (f.compressed != 0) decompressed_drop(f.compressed);
-  const uint64_t end = align_up(f.host + f.length, cluster_size_) >> cluster_bits_;
-  for (uint64_t c = f.host >> cluster_bits_; c < end; ++c) {
-    SPILLWAY_CO_TRY(SlicePin pin, co_await refcount_slice(ctx, c));
-    const uint64_t at = c << cluster_bits_;
-    const uint64_t count = get_refcount(pin->bytes(), c % per_slice, header_.refcount_order);
-    if (count == 1 && file_.volume().geometry().discard_granularity != 0 && at + cluster_size_ <= file_.size()) {
-      // Zeros, so that the next owner of the cluster need not write them. A failure costs space, nothing else.
-      Status s = co_await file_.write_zeroes(metadata(ctx), at, cluster_size_, true);
-      if (s && punched_.size() < kMaxPunched) punched_.insert(c);
-    }
-    SPILLWAY_CO_CHECK(co_await change_refcount(ctx, c, -1));
-    stat_freed_.fetch_add(1, std::memory_order_relaxed);
-  }
-  co_return Status{};
 }
 
 }  // namespace spillway::qcow2

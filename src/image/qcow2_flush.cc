@@ -11,6 +11,7 @@
 // Flushes that arrive while a cycle runs share the next one.
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 #include <fmt/core.h>
 
@@ -112,6 +113,7 @@ Task<Status> Qcow2Image::collect(IoContext, Cycle& c) {
   }
   c.frees = std::move(pending_free_);
   pending_free_.clear();
+  if (log_ != nullptr) log_->begin_cycle();
   auto by_place = [](const Piece& a, const Piece& b) { return a.at < b.at; };
   std::sort(c.stage1.begin(), c.stage1.end(), by_place);
   std::sort(c.stage2.begin(), c.stage2.end(), by_place);
@@ -144,10 +146,13 @@ Task<Status> Qcow2Image::write_pieces(IoContext ctx, const std::vector<Piece>& p
 Task<Status> Qcow2Image::write_tables(IoContext ctx, Cycle& c) {
   SPILLWAY_CO_CHECK(co_await write_pieces(ctx, c.stage1));
   SPILLWAY_CO_CHECK(co_await flush_data(ctx));
-  if (c.stage2.empty()) co_return Status{};
-  SPILLWAY_CO_CHECK(co_await write_pieces(ctx, c.stage2));
-  ctx.fua = false;
-  co_return co_await file_.volume().flush(ctx);
+  if (!c.stage2.empty()) {
+    SPILLWAY_CO_CHECK(co_await write_pieces(ctx, c.stage2));
+    ctx.fua = false;
+    SPILLWAY_CO_CHECK(co_await file_.volume().flush(ctx));
+  }
+  if (log_ != nullptr) log_->end_cycle();
+  co_return Status{};
 }
 
 // A stage failed: everything is dirty again and goes with the next cycle.
@@ -158,18 +163,69 @@ void Qcow2Image::restore(Cycle& c) {
   pending_free_.insert(pending_free_.begin(), c.frees.begin(), c.frees.end());
 }
 
+// The references are gone from the disk and, after the drain, from every request. Clusters that nobody else refers to
+// are punched; only then are they counted down, and only then can they be given out again.
 Task<Status> Qcow2Image::release_frees(IoContext ctx, std::vector<Free> frees) {
   if (frees.empty()) co_return Status{};
   co_await in_flight_.drain();
   co_await owner_.lock();
+  Result<std::vector<uint64_t>> last = co_await last_references(ctx, frees);
+  owner_.unlock();
+  if (!last) co_return std::unexpected(std::move(last).error());
+  // Not under owner_: they are counted still, so nobody takes them.
+  const std::vector<uint64_t> zero = co_await punch(ctx, *last);
+  co_await owner_.lock();
   Status first{};
+  for (uint64_t c : zero)
+    if (punched_.size() < kMaxPunched) punched_.insert(c);
   for (const Free& f : frees) {
-    Status s = co_await free_now(ctx, f);
-    if (!s && first) first = std::move(s);
+    if (f.compressed != 0) decompressed_drop(f.compressed);
+    const uint64_t end = align_up(f.host + f.length, cluster_size_) >> cluster_bits_;
+    for (uint64_t c = f.host >> cluster_bits_; c < end; ++c) {
+      Status s = co_await change_refcount(ctx, c, -1);
+      if (!s && first) first = std::move(s);
+      stat_freed_.fetch_add(1, std::memory_order_relaxed);
+    }
   }
   unstable_.fetch_add(1, std::memory_order_release);  // the refcounts, for the next cycle
   owner_.unlock();
   co_return first;
+}
+
+// Clusters that are counted no more often than `frees` will count them down; in order.
+Task<Result<std::vector<uint64_t>>> Qcow2Image::last_references(IoContext ctx, const std::vector<Free>& frees) {
+  const uint64_t per_slice = (uint64_t{refcounts_->slice_bytes()} * 8) >> header_.refcount_order;
+  std::map<uint64_t, uint64_t> down;
+  for (const Free& f : frees) {
+    const uint64_t end = align_up(f.host + f.length, cluster_size_) >> cluster_bits_;
+    for (uint64_t c = f.host >> cluster_bits_; c < end; ++c) ++down[c];
+  }
+  std::vector<uint64_t> last;
+  for (auto [c, n] : down) {
+    const uint64_t block = c / header_.refblock_entries();
+    if (block >= reftable_.size() || reftable_[block] == 0) continue;  // change_refcount says so
+    SPILLWAY_CO_TRY(SlicePin pin, co_await refcount_slice(ctx, c));
+    if (get_refcount(pin->bytes(), c % per_slice, header_.refcount_order) == n) last.push_back(c);
+  }
+  co_return last;
+}
+
+// Which of them (sorted) read as zeros afterwards, so that their next owner need not write zeros. What cannot be
+// punched costs space, nothing else.
+Task<std::vector<uint64_t>> Qcow2Image::punch(IoContext ctx, const std::vector<uint64_t>& clusters) {
+  std::vector<uint64_t> zero;
+  if (file_.volume().geometry().discard_granularity == 0) co_return zero;
+  for (size_t i = 0; i < clusters.size();) {
+    size_t n = 1;
+    while (i + n < clusters.size() && clusters[i + n] == clusters[i] + n) ++n;
+    const uint64_t at = clusters[i] << cluster_bits_, length = n << cluster_bits_;
+    if (at + length <= file_.size()) {
+      Status s = co_await file_.write_zeroes(metadata(ctx), at, length, true);
+      if (s) zero.insert(zero.end(), clusters.begin() + static_cast<long>(i), clusters.begin() + static_cast<long>(i + n));
+    }
+    i += n;
+  }
+  co_return zero;
 }
 
 // ---- the header ----
@@ -298,6 +354,7 @@ Task<Status> Qcow2Image::close() {
     s = co_await update_incompatible(0, kDirty);
     if (s) marked_dirty_ = false;
   }
+  if (s && log_ != nullptr) log_->clear();
   Status below = co_await file_.volume().close();
   if (s && !below) s = std::move(below);
   if (header_.external_data()) {

@@ -26,6 +26,7 @@
 #include "src/image/qcow2.h"
 #include "src/image/qcow2_format.h"
 #include "src/image/table_cache.h"
+#include "src/image/table_log.h"
 #include "src/io/sync.h"
 
 namespace spillway::qcow2 {
@@ -124,7 +125,11 @@ class Qcow2Image final : public Volume {
   Task<Status> load_l1(uint64_t offset, uint64_t entries);
   Task<Status> load_reftable();
   Task<Status> load_snapshots(const std::string& wanted, uint64_t* l1_offset, uint64_t* l1_size);
-  Task<Status> prepare_writing();
+  Task<Status> prepare_writing(int log_fd);
+  Task<Status> replay(const std::vector<TableLog::Record>& records);
+  Task<Status> replay_tables(const std::unordered_map<uint64_t, TableLog::Record>& last);
+  Task<Status> replay_entries(const std::unordered_map<uint64_t, TableLog::Record>& last);
+  Task<Status> count_once(uint64_t cluster);
   Status claim_metadata(const char* what, uint64_t offset, uint64_t length);
   Task<Status> load_l2_slice(IoContext ctx, uint64_t index, std::byte* to);
   Task<Status> load_refcount_slice(IoContext ctx, uint64_t index, std::byte* to);
@@ -182,7 +187,6 @@ class Qcow2Image final : public Volume {
   void drop_metadata(uint64_t offset, uint64_t length);
   bool take_zero(uint64_t cluster);
   bool is_metadata(uint64_t offset, uint64_t length);
-  Task<Status> free_now(IoContext ctx, const Free& f);
   void defer_free(uint64_t host, uint64_t length, uint64_t compressed = 0);
 
   // qcow2_flush.cc
@@ -198,6 +202,9 @@ class Qcow2Image final : public Volume {
   Task<Status> write_tables(IoContext ctx, Cycle& c);
   void restore(Cycle& c);
   Task<Status> release_frees(IoContext ctx, std::vector<Free> frees);
+  Task<Result<std::vector<uint64_t>>> last_references(IoContext ctx, const std::vector<Free>& frees);
+  Task<std::vector<uint64_t>> punch(IoContext ctx, const std::vector<uint64_t>& clusters);
+  bool must_flush() const;
   Task<Status> flush_data(IoContext ctx);
   Task<Status> write_field(uint64_t at, const void* value, uint64_t length);
   Task<Status> update_incompatible(uint64_t set, uint64_t clear);
@@ -230,6 +237,7 @@ class Qcow2Image final : public Volume {
   std::unique_ptr<TableCache> l2_;
   std::unique_ptr<TableCache> refcounts_;
   InFlight in_flight_;
+  std::unique_ptr<TableLog> log_;  // null: none is kept
 
   AsyncMutex owner_;
   std::vector<uint64_t> reftable_;

@@ -273,11 +273,11 @@ Task<Status> Qcow2Image::load(Qcow2Options& options) {
     if (decompressed_shrinker_.register_() != reclaim::Errc::kOk)
       co_return fail(ErrorKind::kNoMemory, "a shrinker could not be registered");
   }
-  if (!read_only_) SPILLWAY_CO_CHECK(co_await prepare_writing());
+  if (!read_only_) SPILLWAY_CO_CHECK(co_await prepare_writing(options.log_fd));
   co_return Status{};
 }
 
-Task<Status> Qcow2Image::prepare_writing() {
+Task<Status> Qcow2Image::prepare_writing(int log_fd) {
   // What was never written since the file grew reads as zeros; what is inside the file now may be anything.
   zero_frontier_ = align_up(file_.size(), cluster_size_);
   compressed_end_ = 0;
@@ -295,6 +295,86 @@ Task<Status> Qcow2Image::prepare_writing() {
     SPILLWAY_CO_CHECK(co_await file_.volume().flush(IoContext{}));
     header_.autoclear = keep;
   }
+  if (log_fd < 0) co_return Status{};
+  SPILLWAY_CO_TRY(log_, TableLog::open(log_fd));
+  const std::vector<TableLog::Record> records = log_->records();
+  if (!records.empty()) SPILLWAY_CO_CHECK(co_await replay(records));
+  co_return Status{};
+}
+
+// Takes over what a predecessor had acknowledged and not written when it was killed: as if we had made these changes,
+// now in memory and on disk with the next flush cycle. An interrupted cycle may have written any part of them before.
+Task<Status> Qcow2Image::replay(const std::vector<TableLog::Record>& records) {
+  std::unordered_map<uint64_t, TableLog::Record> last;
+  for (const TableLog::Record& r : records) last[r.where] = r;
+  co_await owner_.lock();
+  Status s = co_await replay_tables(last);
+  if (s) s = co_await replay_entries(last);
+  owner_.unlock();
+  if (!s) co_return s;
+  log(LogLevel::kInfo, "qcow2", "{}: {} changes taken over from a predecessor", name(), last.size());
+  s = co_await flush_cycle(IoContext{});
+  // The changes are in memory and in the log still; the guest's flush will try again.
+  if (!s) log(LogLevel::kWarn, "qcow2", "{}: {}", prefix_, s.error().message());
+  else log_->clear();
+  co_return Status{};
+}
+
+// Counts first: nothing may be given out that the log names.
+Task<Status> Qcow2Image::replay_tables(const std::unordered_map<uint64_t, TableLog::Record>& last) {
+  for (auto& [where, r] : last) {
+    const uint64_t host = r.entry & kOffsetMask;
+    if ((where & TableLog::kL1Record) == 0) {
+      if ((r.entry & kCompressed) == 0 && host != 0 && !header_.external_data())
+        SPILLWAY_CO_CHECK(co_await count_once(host >> cluster_bits_));
+      continue;
+    }
+    const uint64_t index = where & ~TableLog::kL1Record, old = l1_.load()->get(index);
+    if (index >= header_.l1_size || host == 0 || !is_aligned(host, cluster_size_) ||
+        host + cluster_size_ > align_up(file_.size(), cluster_size_))
+      co_return fail(ErrorKind::kCorrupt, fmt::format("the log's L2 table {} at {} does not fit the image", index, host));
+    if (old == r.entry) continue;
+    SPILLWAY_CO_CHECK(claim_metadata("the log's L2 table", host, cluster_size_));
+    SPILLWAY_CO_CHECK(co_await count_once(host >> cluster_bits_));
+    l1_.load()->entries[index].store(r.entry, std::memory_order_release);
+    dirty_l1_.insert(index / 64);
+    unstable_.fetch_add(1, std::memory_order_release);
+    if ((old & kOffsetMask) != 0) {
+      drop_metadata(old & kOffsetMask, cluster_size_);
+      defer_free(old & kOffsetMask, cluster_size_);
+    }
+  }
+  co_return Status{};
+}
+
+Task<Status> Qcow2Image::replay_entries(const std::unordered_map<uint64_t, TableLog::Record>& last) {
+  for (auto& [where, r] : last) {
+    if ((where & TableLog::kL1Record) != 0) continue;
+    std::string why;
+    if (l1_index(where) >= header_.l1_size || check_entry(r.entry, r.bitmap, where << cluster_bits_, &why) == kBadEntry)
+      co_return fail(ErrorKind::kCorrupt, "the log does not fit the image: " + why);
+    SPILLWAY_CO_TRY(SlicePin slice, co_await l2_->get(metadata(IoContext{}), slice_of(where)));
+    uint64_t entry = 0, bitmap = 0;
+    read_entry(slice.get(), where, &entry, &bitmap);
+    if (entry == r.entry && bitmap == r.bitmap) continue;
+    if (entry == kBadEntry) co_return bad_entry(where << cluster_bits_);
+    write_entry(slice.get(), where, r.entry, r.bitmap);
+    const bool kept = ((entry ^ r.entry) & (kOffsetMask | kCompressed)) == 0 && (entry & kCompressed) == 0;
+    if (!kept) release_entry(entry);
+    l2_->mark_dirty(slice);
+  }
+  co_return Status{};
+}
+
+Task<Status> Qcow2Image::count_once(uint64_t cluster) {
+  const uint64_t per_slice = (uint64_t{refcounts_->slice_bytes()} * 8) >> header_.refcount_order;
+  const uint64_t block = cluster / header_.refblock_entries();
+  if (block >= reftable_.size() || reftable_[block] == 0)
+    co_return fail(ErrorKind::kCorrupt, fmt::format("the log's cluster at {} has no refcount", cluster << cluster_bits_));
+  SPILLWAY_CO_TRY(SlicePin pin, co_await refcount_slice(IoContext{}, cluster));
+  if (get_refcount(pin->bytes(), cluster % per_slice, header_.refcount_order) != 0) co_return Status{};
+  set_refcount(pin->bytes(), cluster % per_slice, header_.refcount_order, 1);
+  refcounts_->mark_dirty(pin);
   co_return Status{};
 }
 

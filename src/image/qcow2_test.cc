@@ -1,10 +1,13 @@
 // Unit tests of images that need no other program. Conformance with QEMU: tests/conform/qcow2_test.cc.
 #include <spillway/reclaim/registry.h>
 
+#include <sys/mman.h>
+
 #include <thread>
 
 #include "src/image/compress.h"
 #include "src/image/qcow2_format.h"
+#include "src/image/qcow2_image.h"
 #include "src/image/testing.h"
 #include "src/io/sim_reactor.h"
 #include "src/io/sync.h"
@@ -71,6 +74,7 @@ struct Workload {
   VolumePtr image;
   std::vector<std::byte> model;
   std::mt19937_64 random;
+  uint64_t discard_begin = 0, discard_end = 0;  // of the last step: may be zeros without saying so when it failed
 
   uint64_t sector() { return random() % (model.size() / 512) * 512; }
   uint64_t length(uint64_t at) {
@@ -79,6 +83,7 @@ struct Workload {
     return std::min<uint64_t>(n, model.size() - at);
   }
   Task<Status> step() {
+    discard_begin = discard_end = 0;
     const uint64_t at = sector(), n = length(at);
     switch (random() % 10) {
       case 0: case 1: case 2: case 3: case 4: {
@@ -97,6 +102,8 @@ struct Workload {
       case 7: {
         // Each block is zeros or as before; whole clusters become zeros where the format can say so. Read back.
         const uint64_t wide = std::min<uint64_t>(n * 4, model.size() - at);
+        discard_begin = at;
+        discard_end = at + wide;
         SPILLWAY_CO_CHECK(co_await image->discard(IoContext{}, at, wide));
         std::vector<std::byte> now(wide);
         const iovec v{now.data(), wide};
@@ -277,8 +284,129 @@ TEST_P(Qcow2Shapes, PowerCut_AtAnyWrite_LeavesLeaksAtMost_AndFlushedData) {
   }
 }
 
+// Writes through until `left` is used up, then fails: the file as a process finds it that was killed in between.
+class StoppingVolume final : public Volume {
+ public:
+  explicit StoppingVolume(VolumePtr below) : Volume("stopping", below->size(), below->geometry()), below_(std::move(below)) {}
+  std::string_view layer() const override { return "stopping"; }
+  uint64_t left = ~uint64_t{0};
+
+ protected:
+  Task<Status> do_read(IoContext ctx, uint64_t offset, Iov iov) override { return below_->read(ctx, offset, iov); }
+  Task<Status> do_write(IoContext ctx, uint64_t offset, Iov iov) override {
+    if (!spend()) return Task<Status>::ready(fail(ErrorKind::kIo, "killed"));
+    return below_->write(ctx, offset, iov);
+  }
+  Task<Status> do_flush(IoContext ctx) override {
+    if (!spend()) return Task<Status>::ready(fail(ErrorKind::kIo, "killed"));
+    return below_->flush(ctx);
+  }
+  Task<Status> do_write_zeroes(IoContext ctx, uint64_t offset, uint64_t length, bool unmap) override {
+    if (!spend()) return Task<Status>::ready(fail(ErrorKind::kIo, "killed"));
+    return below_->write_zeroes(ctx, offset, length, unmap);
+  }
+  Task<Status> do_resize(uint64_t size) override {
+    if (!spend()) co_return fail(ErrorKind::kIo, "killed");
+    SPILLWAY_CO_CHECK(co_await below_->resize(size));
+    set_size(size);
+    co_return Status{};
+  }
+
+ private:
+  bool spend() { return left != 0 && left-- != 0; }
+  VolumePtr below_;
+};
+
+// kill -9 of the worker at any moment: what was acknowledged is there for its successor, flushed or not (failure rules).
+TEST_P(Qcow2Shapes, Killed_AtAnyWrite_SuccessorHasWhatWasAcknowledged) {
+  const Shape& shape = GetParam();
+  SimReactor reactor;
+  auto base = reactor.block_on(make_base(kBackingSize));
+  ASSERT_OK(base);
+  VolumePtr file = *make_memory("file", 4096, shape.block);
+  ASSERT_OK(reactor.block_on(create_qcow2(file, create_options(shape))));
+  const Fd log(::memfd_create("log", MFD_CLOEXEC));
+  std::vector<std::byte> model(kSize);
+  if (shape.backing) {
+    auto content = reactor.block_on(read_all(*base));
+    std::copy(content->begin(), content->end(), model.begin());
+  }
+  Qcow2Options o;
+  o.backing = *base;
+  o.l2_cache_bytes = o.refcount_cache_bytes = shape.l2_cache;
+  o.log_fd = log.get();
+  std::mt19937_64 random(11);
+  for (int life = 0; life < 20; ++life) {
+    auto disk = std::make_shared<StoppingVolume>(file);
+    auto image = reactor.block_on(open_qcow2("img", disk, o));
+    ASSERT_TRUE(image.has_value()) << shape.name << " life " << life << ": " << image.error().message();
+    auto now = reactor.block_on(read_all(*image));
+    ASSERT_OK(now);
+    for (uint64_t i = 0; i < kSize; i += 512)
+      ASSERT_EQ(std::memcmp(&(*now)[i], &model[i], 512), 0) << shape.name << " life " << life << " offset " << i;
+    if (life % 10 == 9) {  // an end in order, now and then
+      ASSERT_OK(reactor.block_on((*image)->close()));
+      continue;
+    }
+    disk->left = random() % 120;
+    Workload w{*image, model, std::mt19937_64(random())};
+    for (int i = 0; i < 60; ++i) {
+      model = w.model;
+      if (!reactor.block_on(w.step())) break;
+      model = w.model;
+    }
+    // The step that failed was not acknowledged: its blocks may be as before or as it wanted them.
+    image = fail(ErrorKind::kInvalid, "");
+    auto left = reactor.block_on(open_qcow2("img", file, o));
+    ASSERT_TRUE(left.has_value()) << shape.name << " life " << life << ": " << left.error().message();
+    now = reactor.block_on(read_all(*left));
+    ASSERT_OK(now);
+    for (uint64_t i = 0; i < kSize; i += 512) {
+      const bool old = std::memcmp(&(*now)[i], &model[i], 512) == 0;
+      const bool wanted = std::memcmp(&(*now)[i], &w.model[i], 512) == 0;
+      const bool zero = i >= w.discard_begin && i < w.discard_end && qcow2::all_zero(&(*now)[i], 512);
+      ASSERT_TRUE(old || wanted || zero) << shape.name << " life " << life << " offset " << i;
+    }
+    model = std::move(*now);
+    left = fail(ErrorKind::kInvalid, "");  // killed again, with nothing to say
+    auto report = reactor.block_on(check_qcow2(file, Qcow2Repair::kNone));
+    ASSERT_OK(report);
+    ASSERT_EQ(report->errors, 0u) << shape.name << " life " << life << "\n" << check_to_text(*report);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, Qcow2Shapes, ::testing::ValuesIn(kShapes),
                          [](const auto& p) { return std::string(p.param.name); });
+
+// More changes than the log holds between two flushes: then they are written before they are acknowledged.
+TEST(Qcow2Log, Full_ChangesAreWrittenInstead) {
+  SimReactor reactor;
+  VolumePtr file = *make_memory("file", 4096, 512);
+  Qcow2CreateOptions c;
+  c.virtual_size = 6 * kMiB;
+  c.cluster_size = 512;
+  ASSERT_OK(reactor.block_on(create_qcow2(file, c)));
+  const Fd log(::memfd_create("log", MFD_CLOEXEC));
+  Qcow2Options o;
+  o.log_fd = log.get();
+  const uint64_t rounds = qcow2::TableLog::kRecords / (c.virtual_size / 512) / 2 + 2;  // of two changes a cluster
+  auto image = reactor.block_on(open_qcow2("img", file, o));
+  ASSERT_OK(image);
+  for (uint64_t i = 1; i <= rounds; ++i) {
+    ASSERT_OK(reactor.block_on((*image)->write_zeroes(IoContext{}, 0, c.virtual_size, true)));
+    ASSERT_OK(reactor.block_on(write_at(*image, 0, filled(c.virtual_size, static_cast<int>(i)))));
+  }
+  EXPECT_GT(qcow2_stats(**image)->flush_cycles, 0u);
+  image = fail(ErrorKind::kInvalid, "");  // killed
+  image = reactor.block_on(open_qcow2("img", file, o));
+  ASSERT_OK(image);
+  auto now = reactor.block_on(read_all(*image));
+  ASSERT_OK(now);
+  EXPECT_TRUE(*now == filled(c.virtual_size, static_cast<int>(rounds)));
+  ASSERT_OK(reactor.block_on((*image)->close()));
+  auto report = reactor.block_on(check_qcow2(file, Qcow2Repair::kNone));
+  EXPECT_EQ(report->errors, 0u) << check_to_text(*report);
+}
 
 TEST(Qcow2Resize, Grows_HidesBacking_AndChecksClean) {
   SimReactor reactor;

@@ -22,11 +22,13 @@ Status Qcow2Image::refuse_writes() const {
 Task<Status> Qcow2Image::do_write(IoContext ctx, uint64_t offset, Iov iov) {
   if (corrupt_.load(std::memory_order_acquire)) return Task<Status>::ready(refuse_writes());
   const uint64_t length = iov_length(iov);
-  // fua is passed on only where the mapping is stable already.
-  if (!ctx.fua || (!tables_dirty() && !header_.external_data())) {
+  {
     const InFlight::Ticket ticket = in_flight_.enter();
     const Run r = lookup(offset, length);
-    if (r.length == length && r.kind == Kind::kData && r.in_place) {
+    // fua is passed on only where the mapping is stable already. Asked after the lookup: who publishes an entry says
+    // "unstable" first (write_entry).
+    const bool stable = !ctx.fua || (!header_.external_data() && !tables_dirty());
+    if (r.length == length && r.kind == Kind::kData && r.in_place && stable) {
       Task<Status> io = data_.write(ctx, r.host, iov);
       if (!io.is_ready()) return finish(std::move(io), ticket);
       in_flight_.leave(ticket);
@@ -74,8 +76,11 @@ void Qcow2Image::read_entry(Slice* s, uint64_t cluster, uint64_t* entry, uint64_
   *bitmap = extended_ ? s->load(i + 1) : 0;
 }
 
-// Owner only. The sequence pairs with lookup_extended.
+// Owner only. Before anybody can see the entry, and so acknowledge a write to where it leads, the change is in the log
+// and flushes know of it. The sequence pairs with lookup_extended.
 void Qcow2Image::write_entry(Slice* s, uint64_t cluster, uint64_t entry, uint64_t bitmap) {
+  if (log_ != nullptr) (void)log_->append({cluster, entry, bitmap});  // no room: must_flush()
+  unstable_.fetch_add(1, std::memory_order_release);
   const uint32_t i = static_cast<uint32_t>(cluster % slice_entries_) * entry_words_;
   if (!extended_) {
     s->store(i, entry);
@@ -112,9 +117,10 @@ Task<Status> Qcow2Image::new_l2_table(IoContext ctx, uint64_t index, uint64_t ol
     SPILLWAY_CO_CHECK(co_await file_.write_zeroes(metadata(ctx), a.host, cluster_size_, false));
   }
   add_metadata(a.host, cluster_size_);
+  if (log_ != nullptr) (void)log_->append({TableLog::kL1Record | index, a.host | kCopied, 0});
+  unstable_.fetch_add(1, std::memory_order_release);
   l1_.load()->entries[index].store(a.host | kCopied, std::memory_order_release);
   dirty_l1_.insert(index / 64);
-  unstable_.fetch_add(1, std::memory_order_release);
   if ((old & kOffsetMask) != 0) {
     drop_metadata(old & kOffsetMask, cluster_size_);
     defer_free(old & kOffsetMask, cluster_size_);
@@ -264,7 +270,6 @@ Task<Status> Qcow2Image::commit(IoContext ctx, const Plan& plan) {
     if (plan.fresh) release_entry(entry);
   }
   l2_->mark_dirty(slice);
-  unstable_.fetch_add(1, std::memory_order_release);
   co_return Status{};
 }
 
@@ -295,13 +300,19 @@ Task<Result<uint64_t>> Qcow2Image::write_new(IoContext ctx, uint64_t offset, Iov
       (void)co_await change_refcount(ctx, (plan.host >> cluster_bits_) + i, -1);
   }
   end_flight(plan);
-  const bool many = pending_free_.size() > kMaxPendingFree || l2_->dirty() * l2_->slice_bytes() > l2_->limit() / 2 ||
-                    refcounts_->dirty() * refcounts_->slice_bytes() > refcounts_->limit() / 2;
+  const bool many = must_flush();
   owner_.unlock();
   plan.mine->over.set();
   if (!s) co_return std::unexpected(std::move(s).error());
   if (many) SPILLWAY_CO_CHECK(co_await flush_cycle(ctx));
   co_return plan.end - plan.begin;
+}
+
+// Under owner_. What is remembered until a flush has a bound; and a change that the log had no room for is acknowledged
+// only after one.
+bool Qcow2Image::must_flush() const {
+  return pending_free_.size() > kMaxPendingFree || l2_->dirty() * l2_->slice_bytes() > l2_->limit() / 2 ||
+         refcounts_->dirty() * refcounts_->slice_bytes() > refcounts_->limit() / 2 || (log_ != nullptr && log_->full());
 }
 
 // ---- discard, zeros ----
@@ -382,7 +393,7 @@ Task<Status> Qcow2Image::change_clusters(IoContext ctx, uint64_t first, uint64_t
     std::shared_ptr<Flight> wait;
     co_await owner_.lock();
     Result<uint64_t> n = co_await change_slice(ctx, first, count, how, &wait);
-    const bool many = pending_free_.size() > kMaxPendingFree;
+    const bool many = must_flush();
     owner_.unlock();
     if (!n) co_return std::unexpected(std::move(n).error());
     if (wait != nullptr) co_await wait->over.wait();
@@ -417,10 +428,7 @@ Task<Result<uint64_t>> Qcow2Image::change_slice(IoContext ctx, uint64_t first, u
     }
     changed |= change_entry(slice.get(), first + n, how);
   }
-  if (changed) {
-    l2_->mark_dirty(slice);
-    unstable_.fetch_add(1, std::memory_order_release);
-  }
+  if (changed) l2_->mark_dirty(slice);
   co_return n;
 }
 
@@ -462,7 +470,7 @@ Task<Status> Qcow2Image::write_compressed(IoContext ctx, uint64_t offset, std::s
   }
   co_await owner_.lock();
   Status s = co_await put_compressed(ctx, offset >> cluster_bits_, packed);
-  const bool many = l2_->dirty() * l2_->slice_bytes() > l2_->limit() / 2;
+  const bool many = must_flush();
   owner_.unlock();
   if (s && many) s = co_await flush_cycle(ctx);
   co_return s;
@@ -501,7 +509,6 @@ Task<Status> Qcow2Image::put_compressed(IoContext ctx, uint64_t cluster, std::sp
   write_entry(slice.get(), cluster, kCompressed | at | (sectors - 1) << shift, 0);
   release_entry(entry);
   l2_->mark_dirty(slice);
-  unstable_.fetch_add(1, std::memory_order_release);
   compressed_end_ = at + packed.size();
   co_return Status{};
 }

@@ -39,6 +39,15 @@ class FileVolume final : public Volume {
         block_device_(probe.block_device),
         bytes_(probe.size) {}
 
+  // The locks go now, not when the kernel lets go of the file: a request that io_uring has just completed may hold it
+  // for a moment, and who opens the image next would find it busy.
+  ~FileVolume() override {
+    struct flock l{};
+    l.l_type = F_UNLCK;
+    l.l_whence = SEEK_SET;
+    (void)::fcntl(fd_.get(), F_OFD_SETLK, &l);
+  }
+
   std::string_view layer() const override { return "file"; }
   std::string to_text() const override {
     return fmt::format("path: {}\ncache: {}\nkind: {}\nbounced: {}\n", path_,
