@@ -455,21 +455,26 @@ TEST(Qcow2Threads, WritersOnSeveralReactors_AllLand_AndCheckClean) {
   // Sector i belongs to thread i % kThreads: clusters are shared, sectors are not.
   std::vector<std::vector<int>> model(kThreads, std::vector<int>(8 * kMiB / 512));
   std::vector<std::string> errors(kThreads);
+  std::vector<std::unique_ptr<UringReactor>> reactors;  // all outlive all threads: these wake each other
+  for (int t = 0; t < kThreads; ++t) {
+    auto r = UringReactor::create(64);
+    ASSERT_TRUE(r) << r.error().message();
+    reactors.push_back(std::move(*r));
+  }
   std::vector<std::thread> threads;
   for (int t = 0; t < kThreads; ++t)
     threads.emplace_back([&, t] {
-      auto reactor = UringReactor::create(64);
-      if (!reactor) return;
+      const auto& reactor = reactors[t];
       std::mt19937_64 random(static_cast<uint64_t>(t) + 1);
       for (int i = 0; i < 600 && errors[t].empty(); ++i) {
         const uint64_t sector = random() % (model[t].size() / kThreads) * kThreads + static_cast<uint64_t>(t);
         const int v = static_cast<int>(random() % 255 + 1);
         model[t][sector] = v;
-        Status s = (*reactor)->block_on(write_at(*image, sector * 512, filled(512, v)));
-        if (s && i % 40 == 39) s = (*reactor)->block_on((*image)->flush(IoContext{}));
+        Status s = reactor->block_on(write_at(*image, sector * 512, filled(512, v)));
+        if (s && i % 40 == 39) s = reactor->block_on((*image)->flush(IoContext{}));
         // The last MiB is nobody's: discards make frees and drains.
-        if (s && i % 20 == 19) s = (*reactor)->block_on((*image)->discard(IoContext{}, 7 * kMiB, kMiB));
-        if (s && i % 20 == 9) s = (*reactor)->block_on(write_at(*image, 7 * kMiB, filled(65536, 1)));
+        if (s && i % 20 == 19) s = reactor->block_on((*image)->discard(IoContext{}, 7 * kMiB, kMiB));
+        if (s && i % 20 == 9) s = reactor->block_on(write_at(*image, 7 * kMiB + t * 65536, filled(65536, 1)));
         if (!s) errors[t] = s.error().message();
       }
     });

@@ -126,6 +126,7 @@ TEST(Reactor_cancel, ends_poll_and_timer) {
 }
 
 TEST(AsyncMutex_two_reactors, excludes_and_loses_no_wakeup) {
+  auto r = ring();  // before the pool, whose threads post to it
   auto pool = ReactorPool::start({-1, -1});
   ASSERT_TRUE(pool);
   AsyncMutex mutex;
@@ -144,7 +145,6 @@ TEST(AsyncMutex_two_reactors, excludes_and_loses_no_wakeup) {
       (void)i;
       Reactor::current().spawn(worker(&mutex, &value, &left, &finished));
     });
-  auto r = ring();
   auto wait = [](AsyncEvent* f) -> Task<void> { co_await f->wait(); };
   r->block_on(wait(&finished));
   EXPECT_EQ(value, 40000);

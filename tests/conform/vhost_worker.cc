@@ -20,8 +20,8 @@ int work(int argc, char** argv, int store_fd) {
   sigaddset(&set, SIGTERM);
   pthread_sigmask(SIG_BLOCK, &set, nullptr);
   RemoteFdStore store{Fd(store_fd)};
+  auto main = UringReactor::create(64);  // before the pool, whose threads post to it
   auto pool = ReactorPool::start({-1, -1});
-  auto main = UringReactor::create(64);
   BlockingPool blocking(1);
   FileOptions f;
   f.path = argv[1];

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstring>
 #include <filesystem>
+#include <mutex>
 #include <thread>
 
 #include "src/export/fuse/pmem.h"
@@ -27,7 +28,12 @@ constexpr uint64_t kSize = 16 * kMiB;
 class TestVolume final : public Volume {
  public:
   explicit TestVolume(uint64_t size = kSize, uint32_t block = 4096) : Volume("t", size, geometry_of(block)), bytes(size) {}
-  std::vector<char> bytes;
+  std::vector<char> bytes;  // once the file is served: under mutex
+  std::mutex mutex;
+  char at(uint64_t offset) {
+    std::lock_guard lock(mutex);
+    return bytes[offset];
+  }
   std::atomic<bool> fail_reads{false}, fail_writes{false}, fail_flush{false};
   std::atomic<uint64_t> reads{0}, writes{0}, written{0}, flushes{0}, zeroed{0};
   std::string_view layer() const override { return "test"; }
@@ -42,6 +48,7 @@ class TestVolume final : public Volume {
   Task<Status> do_read(IoContext, uint64_t offset, Iov iov) override {
     if (fail_reads) return Task<Status>::ready(fail(ErrorKind::kIo, "read fault"));
     ++reads;
+    std::lock_guard lock(mutex);
     copy_to_iov(iov, 0, bytes.data() + offset, iov_length(iov));
     return Task<Status>::ready();
   }
@@ -49,6 +56,7 @@ class TestVolume final : public Volume {
     if (fail_writes) return Task<Status>::ready(fail(ErrorKind::kIo, "write fault"));
     ++writes;
     written += iov_length(iov);
+    std::lock_guard lock(mutex);
     copy_from_iov(bytes.data() + offset, iov, 0, iov_length(iov));
     return Task<Status>::ready();
   }
@@ -59,6 +67,7 @@ class TestVolume final : public Volume {
   }
   Task<Status> do_write_zeroes(IoContext, uint64_t offset, uint64_t length, bool) override {
     zeroed += length;
+    std::lock_guard lock(mutex);
     std::memset(bytes.data() + offset, 0, length);
     return Task<Status>::ready();
   }
@@ -221,7 +230,7 @@ TEST_F(FusePmem, Store_through_mapping_and_sync_reaches_volume_and_flushes_it) {
   EXPECT_EQ(m.get(5 * 4096), 'r');
   m.fill(7 * 4096 + 3, 7 * 4096 + 4, 'w');
   ASSERT_TRUE(f->sync());
-  EXPECT_EQ(v->bytes[7 * 4096 + 3], 'w');
+  EXPECT_EQ(v->at(7 * 4096 + 3), 'w');
   EXPECT_EQ(v->written, 4096u);  // the dirty page and nothing else
   EXPECT_GE(v->flushes, 1u);
 }
@@ -267,7 +276,7 @@ TEST_F(FusePmem, Failing_write_back_is_held_and_loses_nothing) {
   v->fail_writes = false;
   t.join();
   EXPECT_TRUE(s);
-  EXPECT_EQ(v->bytes[63 * 4096 + 4095], 'd');
+  EXPECT_EQ(v->at(63 * 4096 + 4095), 'd');
 }
 
 TEST_F(FusePmem, Evict_takes_mapped_pages_writes_dirty_ones_and_content_returns) {  // P9
@@ -336,8 +345,8 @@ TEST_F(FusePmem, Zero_pages_are_punched_at_write_back) {  // P7
   m.fill(0, kMiB - 4096, 0);
   ASSERT_TRUE(f->sync());
   EXPECT_EQ(v->zeroed, kMiB - 4096);
-  EXPECT_EQ(v->bytes[0], 0);
-  EXPECT_EQ(v->bytes[kMiB - 1], 'x');
+  EXPECT_EQ(v->at(0), 0);
+  EXPECT_EQ(v->at(kMiB - 1), 'x');
 }
 
 TEST_F(FusePmem, Punch_hole_through_the_file_punches_the_volume) {
@@ -357,8 +366,8 @@ TEST_F(FusePmem, Unaligned_read_and_write_calls_work) {
   char back[7] = {};
   ASSERT_EQ(::pread(f->fd(), back, 7, 4094), 7);
   EXPECT_EQ(std::string(back, 7), "xhellox");
-  EXPECT_EQ(v->bytes[4095], 'h');
-  EXPECT_EQ(v->bytes[4100], 'x');
+  EXPECT_EQ(v->at(4095), 'h');
+  EXPECT_EQ(v->at(4100), 'x');
 }
 
 TEST_F(FusePmem, Directory_lists_files_and_nothing_can_be_made_or_resized) {
@@ -414,7 +423,7 @@ TEST_F(FusePmem, Successor_adopts_the_mount_and_is_sent_the_unanswered_requests)
   EXPECT_EQ(again->node(), f->node());
   writer.join();
   EXPECT_EQ(synced, 0);
-  EXPECT_EQ(v->bytes[kMiB], 'd');
+  EXPECT_EQ(v->at(kMiB), 'd');
   EXPECT_EQ(m.get(0), 'x');
 }
 
@@ -460,7 +469,7 @@ TEST_F(FusePmem, Removed_file_is_written_back_first) {
   add("vm1", v);
   map("vm1").fill(8192, 8193, 'd');
   mount_->remove("vm1");
-  EXPECT_EQ(v->bytes[8192], 'd');
+  EXPECT_EQ(v->at(8192), 'd');
 }
 
 TEST_F(FusePmem, Removing_ends_what_a_failing_backend_holds) {
