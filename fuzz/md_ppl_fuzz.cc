@@ -9,10 +9,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::vector<std::byte> area(256 * 1024);
   std::memcpy(area.data(), data, std::min(size, area.size()));
   for (int pass = 0; pass < 2; ++pass) {
-    for (const auto& e : md::parse_ppl(area, 0x12345678)) {
-      SPILLWAY_ASSERT(!e.valid || e.partial_parity.size() == e.raw.pp_size);
-      SPILLWAY_ASSERT(e.raw.pp_size <= area.size());
-    }
+    if (const auto entries = md::parse_ppl(area, 0x12345678))
+      for (const auto& e : *entries) {
+        SPILLWAY_ASSERT(!e.valid || e.partial_parity.size() == e.raw.pp_size);
+        SPILLWAY_ASSERT(e.raw.pp_size <= area.size());
+      }
     md::RawPplHeader h;
     std::memcpy(&h, area.data(), sizeof h);
     h.signature = 0x12345678;

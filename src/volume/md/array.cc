@@ -60,7 +60,9 @@ RedundantArray::RedundantArray(std::string name, uint64_t size, Geometry geometr
     : Volume(std::move(name), size, geometry),
       bitmap_(std::move(init.bitmap)),
       common_(std::move(init.sb)),
-      component_size_(common_.raw.size * kSectorSize),
+      // The kernel rounds to chunks, too; what is left over at a member's end is nobody's.
+      component_size_(align_down(common_.raw.size * kSectorSize,
+                                 common_.raw.level == kLevelRaid5 ? common_.chunk_bytes() : geometry.block_size)),
       read_only_(init.read_only),
       background_allowed_(init.background && !init.read_only),
       rate_min_(std::max<uint64_t>(init.rebuild_rate_min, 64 * kKiB)),
@@ -71,6 +73,10 @@ RedundantArray::RedundantArray(std::string name, uint64_t size, Geometry geometr
       resync_(init.known_in_sync || common_.clean() ? kInSync : common_.raw.resync_offset * kSectorSize) {
   auto t = std::make_unique<Table>();
   t->slots = std::move(init.slots);
+  t->replacements = std::move(init.replacements);
+  t->replacements.resize(t->slots.size());
+  // These are a member's own, and common_ came from one of them.
+  common_.raw.feature_map &= ~(kFeatureRecoveryOffset | kFeatureRecoveryBitmap | kFeatureReplacement);
   slot_names_.resize(t->slots.size());
   for (size_t i = 0; i < t->slots.size(); ++i)
     if (t->slots[i]) slot_names_[i] = t->slots[i]->name;
@@ -96,8 +102,9 @@ void RedundantArray::start() {
 
 std::vector<MemberPtr> RedundantArray::all_members() const {
   std::vector<MemberPtr> all;
-  for (const auto& m : table().slots)
-    if (m && m->state.load() != MemberState::kFaulty) all.push_back(m);
+  for (const auto* list : {&table().slots, &table().replacements})
+    for (const auto& m : *list)
+      if (m && m->state.load() != MemberState::kFaulty) all.push_back(m);
   std::lock_guard l(list_lock_);
   for (const auto& m : spares_)
     if (m->state.load() != MemberState::kFaulty) all.push_back(m);
@@ -111,8 +118,9 @@ std::vector<VolumePtr> RedundantArray::members() const {
 }
 
 MemberPtr RedundantArray::find(std::string_view name) const {
-  for (const auto& m : table().slots)
-    if (m && m->name == name) return m;
+  for (const auto* list : {&table().slots, &table().replacements})
+    for (const auto& m : *list)
+      if (m && m->name == name) return m;
   std::lock_guard l(list_lock_);
   for (const auto* list : {&spares_, &faulty_})
     for (const auto& m : *list)
@@ -120,9 +128,10 @@ MemberPtr RedundantArray::find(std::string_view name) const {
   return nullptr;
 }
 
-bool RedundantArray::needs_sync(uint64_t offset) const {
-  if (resync_position() == kInSync) return false;
-  return bitmap_ ? bitmap_->needs_sync(offset) : offset >= resync_position();
+bool RedundantArray::needs_sync(uint64_t first, uint64_t end) const {
+  const uint64_t position = resync_position();
+  if (position == kInSync) return false;
+  return bitmap_ ? bitmap_->needs_sync(first, end) : end > position;
 }
 
 bool RedundantArray::degraded() const {
@@ -148,6 +157,29 @@ Task<Status> RedundantArray::member_read(Member& m, IoContext ctx, uint64_t offs
 Task<Status> RedundantArray::member_write(Member& m, IoContext ctx, uint64_t offset, const void* from, uint64_t length) {
   const iovec v{const_cast<void*>(from), length};
   co_return co_await m.volume->write(ctx, m.data_offset_ + offset, Iov(&v, 1));
+}
+
+Task<Status> RedundantArray::slot_write(size_t slot, IoContext ctx, uint64_t offset, const void* from, uint64_t length) {
+  const Table& t = table();
+  const MemberPtr m = t.slots[slot], r = t.replacements[slot];
+  if (!m || m->state.load() == MemberState::kFaulty) co_return Status{};
+  if (r && r->state.load() == MemberState::kRebuilding) {
+    std::vector<Task<Status>> both;
+    Status of_member{}, of_replacement{};
+    auto one = [](Member& to, IoContext c, uint64_t at, const void* data, uint64_t n, Status* out) -> Task<Status> {
+      *out = co_await member_write(to, c, at, data, n);
+      co_return Status{};
+    };
+    both.push_back(one(*m, ctx, offset, from, length, &of_member));
+    both.push_back(one(*r, ctx, offset, from, length, &of_replacement));
+    co_await all_of(std::move(both));
+    if (!of_replacement) note_fault(*r, of_replacement.error());
+    if (!of_member && !note_fault(*m, of_member.error())) co_return of_member;
+    co_return Status{};
+  }
+  Status s = co_await member_write(*m, ctx, offset, from, length);
+  if (!s && !note_fault(*m, s.error())) co_return s;
+  co_return Status{};
 }
 
 Task<Status> RedundantArray::begin_write(uint64_t first, uint64_t end) {
@@ -182,8 +214,9 @@ Task<Status> RedundantArray::flush_members(IoContext ctx) {
   };
   std::vector<Task<Status>> tasks;
   bool lost = false;
-  for (const auto& m : table().slots)
-    if (m && m->state.load() != MemberState::kFaulty) tasks.push_back(one(this, m, ctx, &lost));
+  for (const auto* list : {&table().slots, &table().replacements})
+    for (const auto& m : *list)
+      if (m && m->state.load() != MemberState::kFaulty) tasks.push_back(one(this, m, ctx, &lost));
   co_await all_of(std::move(tasks));
   if (lost) co_return fail(ErrorKind::kIo, fmt::format("volume {}: flush failed on a member it cannot lose", name()));
   co_return co_await settle(Status{});
@@ -191,16 +224,21 @@ Task<Status> RedundantArray::flush_members(IoContext ctx) {
 
 // --- faults and superblocks ---
 
-bool RedundantArray::note_fault(Member& m, const Error& why) {
-  std::lock_guard l(fault_lock_);
-  if (m.state.load() == MemberState::kFaulty) return true;
+bool RedundantArray::can_lose(const Member& m) const {
   const auto& slots = table().slots;
   std::vector<bool> missing(slots.size());
   for (size_t i = 0; i < slots.size(); ++i)
     missing[i] = !slots[i] || slots[i].get() == &m || slots[i]->state.load() != MemberState::kActive;
-  if (m.state.load() == MemberState::kActive && !survives(missing)) {
-    if (!failed_.load() && slots.size() > 1)
+  return m.state.load() != MemberState::kActive || survives(missing);
+}
+
+bool RedundantArray::note_fault(Member& m, const Error& why) {
+  std::lock_guard l(fault_lock_);
+  if (m.state.load() == MemberState::kFaulty) return true;
+  if (!can_lose(m)) {
+    if (!failed_.load())
       log(LogLevel::kError, "volume", "volume {}: member {}: {}: cannot go on without it", name(), m.name, why.message());
+    if (unsurvived_fault_is_final()) failed_.store(true, std::memory_order_release);
     return false;
   }
   log(LogLevel::kError, "volume", "volume {}: member {} is faulty: {}", name(), m.name, why.message());
@@ -225,6 +263,21 @@ Task<Status> RedundantArray::record_faults() {
         }
       }
     }
+    auto next = std::make_unique<Table>(table());
+    bool changed = false;
+    for (size_t i = 0; i < next->slots.size(); ++i) {
+      MemberPtr& r = next->replacements[i];
+      if (!r) continue;
+      if (r->state.load() == MemberState::kFaulty) {
+        std::lock_guard l(list_lock_);
+        faulty_.push_back(std::move(r));
+        r = nullptr;
+        changed = true;
+      } else if (next->slots[i] && next->slots[i]->state.load() == MemberState::kFaulty) {
+        r->recovered.store(0);  // it misses what is written from now on; see promote_replacement()
+      }
+    }
+    if (changed) publish_table(std::move(next));
     s = co_await write_superblocks();
     if (s) s = co_await write_superblocks();
     if (s) recorded_.store(std::max(recorded_.load(), want), std::memory_order_release);
@@ -261,7 +314,7 @@ Task<Status> RedundantArray::write_superblocks() {
   common_.raw.utime = wall_seconds();
   const uint64_t resync = resync_position();
   if (active_.load())
-    common_.raw.resync_offset = consistency() == "ppl" && resync != kInSync ? 1 : 0;
+    common_.raw.resync_offset = 0;
   else
     common_.raw.resync_offset = resync == kInSync ? kInSync : resync / kSectorSize;
   const auto all = all_members();
@@ -278,6 +331,9 @@ Task<Status> RedundantArray::write_superblocks() {
     common_.roles[m->sb.raw.dev_number] =
         m->state.load() == MemberState::kFaulty ? kRoleFaulty : static_cast<uint16_t>(m->slot);
   }
+  for (const auto& m : table().replacements)
+    if (m) common_.roles[m->sb.raw.dev_number] =
+        m->state.load() == MemberState::kFaulty ? kRoleFaulty : static_cast<uint16_t>(m->slot);
   for (const auto& m : all)
     if (m->slot < 0) common_.roles[m->sb.raw.dev_number] = kRoleSpare;
   if (bitmap_) {
@@ -299,8 +355,9 @@ Task<Status> RedundantArray::write_superblocks() {
     r.utime = common_.raw.utime;
     r.resync_offset = common_.raw.resync_offset;
     r.corrected_reads = static_cast<uint32_t>(m->read_errors.load(std::memory_order_relaxed));
-    r.feature_map = common_.raw.feature_map & ~kFeatureRecoveryOffset;
+    r.feature_map = common_.raw.feature_map;
     r.recovery_offset = 0;
+    if (is_replacement(m)) r.feature_map |= kFeatureReplacement;
     if (m->state.load() == MemberState::kRebuilding) {
       r.feature_map |= kFeatureRecoveryOffset;
       r.recovery_offset = m->recovered.load() / kSectorSize;
@@ -331,10 +388,12 @@ Task<Status> RedundantArray::activate() {
 Task<bool> RedundantArray::try_mark_clean() {
   if (!active_.load()) co_return true;
   if (array_failed()) co_return false;
+  // Counted before the flush: a write that begins after it is not covered, even when it ends before the lock is ours.
+  const uint64_t before = written_.load();
+  if (writers_.load() != 0) co_return false;
   Status s = co_await flush_members(IoContext{.io_class = IoClass::kMetadata});
   if (!s) co_return false;
   co_await config_.lock();
-  const uint64_t before = written_.load();
   active_.store(false);
   if (writers_.load() != 0 || written_.load() != before) {
     active_.store(true);
@@ -432,6 +491,35 @@ Task<bool> RedundantArray::assign_spare() {
   co_return assigned;
 }
 
+// The old member failed while the new one was being filled: an ordinary rebuild of the slot. It starts again: rows that
+// were written since the failure are not on it.
+Task<bool> RedundantArray::promote_replacement() {
+  co_await config_.lock();
+  bool promoted = false;
+  auto next = std::make_unique<Table>(table());
+  for (size_t i = 0; i < next->slots.size() && !promoted; ++i) {
+    MemberPtr r = next->replacements[i];
+    if (!r || r->state.load() != MemberState::kRebuilding) continue;
+    if (next->slots[i] && next->slots[i]->state.load() != MemberState::kFaulty) continue;
+    if (next->slots[i]) {
+      std::lock_guard l(list_lock_);
+      faulty_.push_back(next->slots[i]);
+    }
+    r->recovered.store(0);
+    next->slots[i] = r;
+    next->replacements[i] = nullptr;
+    slot_names_[i] = r->name;
+    promoted = true;
+  }
+  if (promoted) {
+    publish_table(std::move(next));
+    co_await write_superblocks();
+  }
+  config_.unlock();
+  if (promoted) co_await grace();
+  co_return promoted;
+}
+
 Task<void> RedundantArray::grace() {
   for (uint64_t i = 0; i < StripeLocks::kLocks; ++i) {
     co_await stripes_.of(i).lock();
@@ -441,15 +529,20 @@ Task<void> RedundantArray::grace() {
 
 Task<void> RedundantArray::background() {
   while (!stopping_.load() && !array_failed()) {
-    MemberPtr target;
+    MemberPtr target, replacement;
     for (const auto& m : table().slots)
       if (m && m->state.load() == MemberState::kRebuilding) target = m;
+    for (const auto& m : table().replacements)
+      if (m && m->state.load() == MemberState::kRebuilding) replacement = m;
+    if (replacement && co_await promote_replacement()) continue;
     if (resync_position() != kInSync && can_resync()) {
       co_await run_sync(Sync::kResync, nullptr);
     } else if (target) {
       co_await run_sync(Sync::kRebuild, target);
     } else if (co_await assign_spare()) {
       continue;
+    } else if (replacement) {
+      co_await run_sync(Sync::kRebuild, replacement);
     } else if (scrub_wanted_.exchange(false)) {
       co_await run_sync(scrub_mode_ == Scrub::kCheck ? Sync::kCheck : Sync::kRepair, nullptr);
     } else {
@@ -485,6 +578,7 @@ Task<void> RedundantArray::checkpoint(Sync kind, MemberPtr target) {
 Task<void> RedundantArray::run_sync(Sync kind, MemberPtr target) {
   static constexpr const char* kNames[] = {"resync", "rebuild", "check", "repair"};
   const bool guided = kind == Sync::kResync && bitmap_ != nullptr;
+  const bool replacing = kind == Sync::kRebuild && is_replacement(target);
   uint64_t at = kind == Sync::kRebuild ? target->recovered.load() : kind == Sync::kResync ? resync_position() : 0;
   at = align_down(at, sync_unit());
   const uint64_t step = std::max(align_down(kMiB, sync_unit()), sync_unit());
@@ -501,6 +595,7 @@ Task<void> RedundantArray::run_sync(Sync kind, MemberPtr target) {
   while (at < component_size_) {
     if (stopping_.load() || array_failed() || (kind >= Sync::kCheck && scrub_stop_.load()) ||
         (kind == Sync::kRebuild && target->state.load() != MemberState::kRebuilding) ||
+        (replacing && table().slots[static_cast<size_t>(target->slot)]->state.load() != MemberState::kActive) ||
         (kind == Sync::kResync && !can_resync())) {
       stopped = true;
       break;
@@ -550,7 +645,8 @@ Task<void> RedundantArray::run_sync(Sync kind, MemberPtr target) {
     }
   }
   if (kind == Sync::kRebuild) {
-    if (!stopped) co_await complete_rebuild(target);
+    if (!stopped && replacing) co_await complete_replacement(target);
+    else if (!stopped) co_await complete_rebuild(target);
     else if (target->state.load() == MemberState::kRebuilding) co_await checkpoint(kind, target);
   } else if (kind == Sync::kResync) {
     if (!stopped) {
@@ -583,6 +679,42 @@ Task<Status> RedundantArray::complete_rebuild(MemberPtr target) {
   s = co_await settle(std::move(s));
   kick_daemon();
   co_return s;
+}
+
+// The new member has everything. While nothing is being written (all stripe locks): the new one's cache is emptied, and
+// the two change places. Two rounds, as for a fault: the old one must look stale, or an md that asks each member for its
+// own role would find the slot taken twice.
+Task<Status> RedundantArray::complete_replacement(MemberPtr target) {
+  co_await stripes_.lock_range(0, StripeLocks::kLocks - 1);
+  Status s = co_await flush_members(IoContext{.io_class = IoClass::kRebuild});
+  const size_t slot = static_cast<size_t>(target->slot);
+  co_await config_.lock();
+  MemberPtr old = table().slots[slot];
+  bool swapped = false;
+  if (s && old && target->state.load() == MemberState::kRebuilding && old->state.load() == MemberState::kActive) {
+    auto next = std::make_unique<Table>(table());
+    next->slots[slot] = target;
+    next->replacements[slot] = nullptr;
+    slot_names_[slot] = target->name;
+    {
+      std::lock_guard l(fault_lock_);
+      target->recovered.store(kInSync, std::memory_order_release);
+      target->state.store(MemberState::kActive, std::memory_order_release);
+      publish_table(std::move(next));
+      old->state.store(MemberState::kFaulty, std::memory_order_release);
+    }
+    {
+      std::lock_guard l(list_lock_);
+      faulty_.push_back(old);
+    }
+    s = co_await write_superblocks();
+    if (s) s = co_await write_superblocks();
+    swapped = true;
+  }
+  config_.unlock();
+  stripes_.unlock_range(0, StripeLocks::kLocks - 1);
+  if (swapped) log(LogLevel::kInfo, "volume", "volume {}: {} has taken the place of {}", name(), target->name, old->name);
+  co_return co_await settle(std::move(s));
 }
 
 Task<void> RedundantArray::wait_idle() {
@@ -625,6 +757,7 @@ uint32_t RedundantArray::next_dev_number() const {
     highest = std::max(highest, m->sb.raw.dev_number);
   };
   for (const auto& m : table().slots) mark(m);
+  for (const auto& m : table().replacements) mark(m);
   {
     std::lock_guard l(list_lock_);
     for (const auto& m : spares_) mark(m);
@@ -642,7 +775,7 @@ Task<Status> RedundantArray::fail_member(std::string_view member) {
   MemberPtr m = find(member);
   if (!m) co_return fail(ErrorKind::kNotFound, fmt::format("volume {}: no member {}", name(), member));
   if (m->state.load() == MemberState::kFaulty) co_return Status{};
-  if (!note_fault(*m, Error(ErrorKind::kCanceled, "told to")))
+  if (!can_lose(*m) || !note_fault(*m, Error(ErrorKind::kCanceled, "told to")))
     co_return fail(ErrorKind::kDegraded, fmt::format("volume {}: cannot do without member {}", name(), member));
   co_return co_await record_faults();
 }
@@ -674,7 +807,7 @@ Task<Status> RedundantArray::remove_member(std::string_view member) {
   co_return co_await settle(std::move(s));
 }
 
-Task<Status> RedundantArray::add_member(VolumePtr volume) {
+Task<Result<MemberPtr>> RedundantArray::admit(VolumePtr volume) {
   if (read_only_) co_return fail(ErrorKind::kReadOnly, fmt::format("volume {}: opened read-only", name()));
   for (const auto& m : all_members())
     if (m->volume == volume || m->name == volume->name())
@@ -682,9 +815,11 @@ Task<Status> RedundantArray::add_member(VolumePtr volume) {
   auto m = std::make_shared<Member>();
   m->volume = volume;
   m->name = volume->name();
-  co_await config_.lock();
+  const uint32_t number = next_dev_number();
+  // A superblock the kernel wrote has room for as many members as it had.
+  if (number >= common_.roles.size() && number < kMaxDev) common_.roles.resize(number + 1, kRoleSpare);
   m->sb = common_;
-  m->sb.raw.dev_number = next_dev_number();
+  m->sb.raw.dev_number = number;
   const Uuid id = random_uuid();
   std::copy(id.begin(), id.end(), m->sb.raw.device_uuid);
   m->sb.raw.data_size = common_.raw.size;
@@ -711,10 +846,20 @@ Task<Status> RedundantArray::add_member(VolumePtr volume) {
                                                volume->name(), format_uuid((*old)->uuid())));
   }
   if (s) s = co_await prepare_member(*m);
-  if (s) {
+  if (!s) co_return fail(std::move(s).error());
+  co_return m;
+}
+
+Task<Status> RedundantArray::add_member(VolumePtr volume) {
+  co_await config_.lock();
+  auto m = co_await admit(std::move(volume));
+  Status s{};
+  if (!m) {
+    s = fail(std::move(m).error());
+  } else {
     {
       std::lock_guard l(list_lock_);
-      spares_.push_back(m);
+      spares_.push_back(*m);
     }
     if (bitmap_) s = co_await bitmap_->write_all();
     if (s) s = co_await write_superblocks();
@@ -726,10 +871,36 @@ Task<Status> RedundantArray::add_member(VolumePtr volume) {
 }
 
 Task<Status> RedundantArray::replace_member(std::string_view member, VolumePtr with) {
-  MemberPtr m = find(member);
-  if (!m) co_return fail(ErrorKind::kNotFound, fmt::format("volume {}: no member {}", name(), member));
-  Status s = co_await add_member(with);
-  if (s) s = co_await fail_member(member);
+  MemberPtr old = find(member);
+  if (!old) co_return fail(ErrorKind::kNotFound, fmt::format("volume {}: no member {}", name(), member));
+  if (old->slot < 0 || table().slots[static_cast<size_t>(old->slot)] != old)
+    co_return fail(ErrorKind::kInvalid, fmt::format("volume {}: member {} is in no slot: remove it", name(), member));
+  // A member that is out of use has nothing to be copied from.
+  if (old->state.load() != MemberState::kActive) co_return co_await add_member(std::move(with));
+  co_await config_.lock();
+  const size_t slot = static_cast<size_t>(old->slot);
+  Status s{};
+  if (table().replacements[slot]) {
+    s = fail(ErrorKind::kBusy, fmt::format("volume {}: {} is being replaced already", name(), member));
+  } else {
+    auto m = co_await admit(std::move(with));
+    if (!m) {
+      s = fail(std::move(m).error());
+    } else {
+      (*m)->slot = old->slot;
+      (*m)->recovered.store(0);
+      (*m)->state.store(MemberState::kRebuilding, std::memory_order_release);
+      auto next = std::make_unique<Table>(table());
+      next->replacements[slot] = *m;
+      publish_table(std::move(next));
+      if (bitmap_) s = co_await bitmap_->write_all();
+      if (s) s = co_await write_superblocks();
+    }
+  }
+  config_.unlock();
+  if (s) co_await grace();  // from here on every write goes to both
+  s = co_await settle(std::move(s));
+  if (s) kick_background();
   co_return s;
 }
 
@@ -793,8 +964,14 @@ ArrayStatus RedundantArray::status() const {
     }
   }
   bool has_spare = false;
+  MemberPtr replacing;
   {
     std::lock_guard l(list_lock_);
+    for (const auto& m : table().replacements)
+      if (m) {
+        add(m, -1, "replacing");
+        replacing = m;
+      }
     for (const auto& m : spares_) add(m, -1, "spare");
     for (const auto& m : faulty_) add(m, -1, "faulty");
     has_spare = !spares_.empty();
@@ -821,6 +998,9 @@ ArrayStatus RedundantArray::status() const {
   if (s.state == "failed") s.advice = "too many members have failed: stop, copy the members, restore from backup";
   else if (any_rebuilding) s.advice = "wait for the rebuild; do not remove another member";
   else if (missing > 0 && read_only_) s.advice = "open it writable and add a disk: spillway volume add " + name() + " DISK";
+  else if (missing == 0 && replacing)
+    s.advice = fmt::format("wait: {} takes the place of {} when it is full", replacing->name,
+                           slots[static_cast<size_t>(replacing->slot)]->name);
   else if (missing > 0 && has_spare) s.advice = "a spare takes over";
   else if (missing > 0) s.advice = fmt::format("no redundancy left: spillway volume add {} DISK", name());
   else if (has_faulty) s.advice = fmt::format("take the faulty member out: spillway volume remove {} MEMBER", name());

@@ -7,8 +7,13 @@
 // Faults (V2): note_fault() marks a member faulty in memory at once, so nobody uses it; record_faults() writes that
 // to the others' superblocks. A write is acknowledged only when recorded_ has caught up with noted_. Event counts go
 // up by two in two rounds of one, so that the faulty member is seen as stale, and no crash in between can make a good
-// one look stale. A fault the array cannot survive is not written anywhere: the array fails in memory (writes are
-// refused), so that nothing on disk stands in the way of a rescue.
+// one look stale. A fault the array cannot survive is not written anywhere: a raid5 fails in memory (writes, and reads
+// that need the parity, are refused: parity and data may have been left apart), so that nothing on disk stands in the
+// way of a rescue; a mirror's last member goes on and its errors are the requests'.
+//
+// Replacement (md's own: feature bit, two members with one role): a slot's member stays in use while another is filled;
+// writes go to both. When it is full, all stripe locks are held, everything is flushed, and the two change places in
+// two rounds of superblocks. When the old one fails first, the new one starts again as an ordinary rebuild.
 //
 // Who protects what: config_ (a coroutine mutex) serialises changes of the superblocks and of the table; the table is
 // immutable and published (release / acquire), old ones live as long as the array; a member's state and `recovered`
@@ -55,7 +60,8 @@ struct Member {
 using MemberPtr = std::shared_ptr<Member>;
 
 struct Table {
-  std::vector<MemberPtr> slots;  // null: missing
+  std::vector<MemberPtr> slots;         // null: missing
+  std::vector<MemberPtr> replacements;  // as many; null: none. Written like the slot's member, never read
   bool in_use(size_t slot, uint64_t end) const { return slots[slot] && slots[slot]->in_use(end); }
 };
 
@@ -104,7 +110,8 @@ class BufferPool {
 
 struct ArrayInit {
   Superblock sb;                  // of the freshest member
-  std::vector<MemberPtr> slots;   // null: missing
+  std::vector<MemberPtr> slots;         // null: missing
+  std::vector<MemberPtr> replacements;  // empty, or by slot
   std::vector<MemberPtr> spares;
   std::vector<std::string> slot_names;
   std::unique_ptr<Bitmap> bitmap;
@@ -141,6 +148,8 @@ class RedundantArray : public Volume, public ArrayControl {
   // What the layer does.
   // Whether the array works without these slots (true: missing).
   virtual bool survives(const std::vector<bool>& missing) const = 0;
+  // Whether a write error that it does not survive may have left redundancy and data apart.
+  virtual bool unsurvived_fault_is_final() const = 0;
   // Brings component bytes [offset, offset + length) in sync, or compares; takes the stripe locks. For kRebuild it
   // moves target->recovered to the end while it holds them. Returns sectors that differed.
   virtual Task<Result<uint64_t>> sync_step(Sync kind, MemberPtr target, uint64_t offset, uint64_t length) = 0;
@@ -154,10 +163,12 @@ class RedundantArray : public Volume, public ArrayControl {
   virtual std::string layout_text() const { return {}; }
   // Waits until no operation that began before uses an older table (takes and drops every stripe lock).
   Task<void> grace();
+  bool in_sync() const { return resync_position() == kInSync; }
 
   const Table& table() const { return *table_.load(std::memory_order_acquire); }  // pairs with publish_table
   uint64_t component_size() const { return component_size_; }
-  bool needs_sync(uint64_t offset) const;
+  // Whether redundancy may be stale anywhere in [first, end) of the component.
+  bool needs_sync(uint64_t first, uint64_t end) const;
   bool array_failed() const { return failed_.load(std::memory_order_acquire); }
   Status failed_error() const;
   bool degraded() const;
@@ -170,6 +181,9 @@ class RedundantArray : public Volume, public ArrayControl {
 
   // True: the member is out of use and the array goes on. False: the array cannot lose it.
   bool note_fault(Member& m, const Error& why);
+  // A write to a slot's member and to its replacement, if one is being filled; errors are noted as faults. The error of
+  // the member comes back when the array cannot lose it.
+  Task<Status> slot_write(size_t slot, IoContext ctx, uint64_t offset, const void* from, uint64_t length);
   bool faults_recorded() const {
     return recorded_.load(std::memory_order_acquire) >= noted_.load(std::memory_order_acquire);
   }
@@ -203,12 +217,19 @@ class RedundantArray : public Volume, public ArrayControl {
   Task<void> background();                 // home reactor
   Task<void> daemon();                     // home reactor
   Task<bool> assign_spare();
+  Task<bool> promote_replacement();
   Task<void> run_sync(Sync kind, MemberPtr target);
   Task<void> checkpoint(Sync kind, MemberPtr target);
   Task<void> nap(IoOp** slot, uint64_t ns);
   void wake_naps();
-  void finish_sync(Sync kind, MemberPtr target);
   Task<Status> complete_rebuild(MemberPtr target);
+  Task<Status> complete_replacement(MemberPtr target);
+  bool is_replacement(const MemberPtr& m) const {
+    return m->slot >= 0 && table().replacements[static_cast<size_t>(m->slot)] == m;
+  }
+  bool can_lose(const Member& m) const;
+  // config_ held: a member for `volume` with everything but its superblock written to it.
+  Task<Result<MemberPtr>> admit(VolumePtr volume);
   uint32_t next_dev_number() const;
 
   const uint64_t component_size_;

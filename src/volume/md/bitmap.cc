@@ -16,13 +16,16 @@ uint64_t Bitmap::choose_chunk(uint64_t component_size, uint64_t space, uint64_t 
   return chunk;
 }
 
-Status Bitmap::check(const RawBitmapHeader& h, uint64_t component_size, uint64_t space, const std::string& who) {
+Status Bitmap::check(const RawBitmapHeader& h, uint64_t component_size, uint64_t component_min, uint64_t space,
+                     const std::string& who) {
   if (h.magic != kBitmapMagic) return fail(ErrorKind::kCorrupt, who + ": the write-intent bitmap has no magic");
   if (h.version != kBitmapVersion)
     return fail(ErrorKind::kUnsupported, fmt::format("{}: write-intent bitmap version {} is not supported", who, h.version));
+  if (h.nodes != 0) return fail(ErrorKind::kUnsupported, who + ": the write-intent bitmap of a cluster is not supported");
   if (h.chunk_size < 512 || !std::has_single_bit(h.chunk_size))
     return fail(ErrorKind::kCorrupt, fmt::format("{}: write-intent bitmap: chunk of {}", who, h.chunk_size));
-  if (h.sync_size != component_size / kSectorSize)
+  // The kernel counts whole raid5 chunks only where the members' used size has a rest.
+  if (h.sync_size > component_size / kSectorSize || h.sync_size < component_min / kSectorSize)
     return fail(ErrorKind::kCorrupt, fmt::format("{}: write-intent bitmap covers {} sectors, the members have {}", who,
                                                  h.sync_size, component_size / kSectorSize));
   if (bytes_for(component_size, h.chunk_size) > space)
@@ -116,9 +119,11 @@ void Bitmap::end_write(uint64_t first, uint64_t end) {
   for (uint64_t c = first / header_.chunk_size; c <= (end - 1) / header_.chunk_size; ++c) --chunk_[c].writes;
 }
 
-bool Bitmap::needs_sync(uint64_t offset) const {
+bool Bitmap::needs_sync(uint64_t first, uint64_t end) const {
   std::lock_guard l(lock_);
-  return chunk_[offset / header_.chunk_size].needs_sync;
+  for (uint64_t c = first / header_.chunk_size; c <= (end - 1) / header_.chunk_size; ++c)
+    if (chunk_[c].needs_sync) return true;
+  return false;
 }
 
 uint64_t Bitmap::next_needing_sync(uint64_t offset) const {

@@ -35,8 +35,10 @@ class Bitmap {
   static uint64_t choose_chunk(uint64_t component_size, uint64_t space, uint64_t min_chunk);
 
   Bitmap(RawBitmapHeader header, uint64_t component_size, uint64_t space);
-  // Checks a header read from a member. `who` begins every message.
-  static Status check(const RawBitmapHeader& h, uint64_t component_size, uint64_t space, const std::string& who);
+  // Checks a header read from a member. It must cover from component_min to component_size bytes (raid5: whole chunks
+  // or all that is used). `who` begins every message.
+  static Status check(const RawBitmapHeader& h, uint64_t component_size, uint64_t component_min, uint64_t space,
+                      const std::string& who);
 
   // Sets the bits that are set in `bits` (the area of a member without its header). Before the first write.
   // dirty false: the array is clean, the bits are of a member that is missing and ask for no resync.
@@ -47,7 +49,7 @@ class Bitmap {
   Task<Status> start_write(uint64_t first, uint64_t end);  // component bytes
   void end_write(uint64_t first, uint64_t end);
   // Regions that must be brought in sync: set at assembly, or written while the array was degraded.
-  bool needs_sync(uint64_t offset) const;
+  bool needs_sync(uint64_t first, uint64_t end) const;
   // First offset >= `offset` that needs sync, or component_size.
   uint64_t next_needing_sync(uint64_t offset) const;
   void synced(uint64_t first, uint64_t end);  // whole chunks inside only

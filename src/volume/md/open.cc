@@ -6,6 +6,7 @@
 #include <bit>
 #include <chrono>
 #include <cstring>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -45,6 +46,44 @@ Task<Result<bool>> is_blank(Volume& v) {
   co_return true;
 }
 
+// Writes stay in memory: what a log's replay makes of a dirty degraded array when nothing may be written.
+class Overlay final : public Volume {
+ public:
+  explicit Overlay(VolumePtr below)
+      : Volume(below->name(), below->size(), writable(below->geometry())), below_(std::move(below)) {}
+  std::string_view layer() const override { return "overlay"; }
+  std::vector<VolumePtr> members() const override { return {below_}; }
+
+ protected:
+  Task<Status> do_read(IoContext ctx, uint64_t offset, Iov iov) override {
+    Status s = co_await below_->read(ctx, offset, iov);
+    if (!s) co_return s;
+    const uint64_t end = offset + iov_length(iov);
+    for (auto it = blocks_.lower_bound(offset); it != blocks_.end() && it->first < end; ++it)
+      copy_to_iov(iov, it->first - offset, it->second.data(), it->second.size());
+    co_return Status{};
+  }
+  Task<Status> do_write(IoContext, uint64_t offset, Iov iov) override {
+    const uint64_t length = iov_length(iov);
+    for (uint64_t at = 0; at < length; at += geometry().block_size) {
+      auto& block = blocks_[offset + at];
+      block.resize(geometry().block_size);
+      copy_from_iov(block.data(), iov, at, block.size());
+    }
+    return Task<Status>::ready();
+  }
+  Task<Status> do_flush(IoContext) override { return Task<Status>::ready(); }
+
+ private:
+  static Geometry writable(Geometry g) {
+    g.read_only = false;
+    g.discard_granularity = 0;
+    return g;
+  }
+  const VolumePtr below_;
+  std::map<uint64_t, std::vector<std::byte>> blocks_;  // filled before the array is used, then constant
+};
+
 // Everything reads as zeros as far as block_status can tell without reading.
 Task<bool> is_hole(Volume& v) {
   auto r = co_await v.block_status(0, v.size());
@@ -59,6 +98,7 @@ struct Opening {
   std::vector<Candidate> all;
   Superblock best;                  // freshest
   std::vector<Candidate*> slots;    // by role
+  std::vector<Candidate*> replacements;
   std::vector<Candidate*> spares;
 };
 
@@ -113,6 +153,8 @@ Status check_agreement(const Opening& o) {
   for (const Candidate& c : o.all) {
     if (!c.sb || c.sb->raw.events + 1 < b.events) continue;
     const auto& r = c.sb->raw;
+    // A linear array that was being grown: the members that were not reached yet know of fewer.
+    if (b.level == kLevelLinear && r.level == b.level && r.events < b.events && r.raid_disks < b.raid_disks) continue;
     if (r.level != b.level || r.layout != b.layout || r.chunk_sectors != b.chunk_sectors || r.raid_disks != b.raid_disks ||
         r.size != b.size)
       return contradicts(fmt::format("member {}: its superblock describes another array than the others'", c.name));
@@ -124,6 +166,7 @@ Status assign_slots(Opening& o) {
   const auto& spec = o.spec;
   const bool redundant = o.best.raw.level > 0;
   o.slots.assign(o.best.raw.raid_disks, nullptr);
+  o.replacements.assign(o.best.raw.raid_disks, nullptr);
   for (Candidate& c : o.all) {
     if (!c.volume) continue;
     if (!c.sb) {
@@ -135,27 +178,37 @@ Status assign_slots(Opening& o) {
       return fail(ErrorKind::kInvalid, fmt::format("volume {}: member {} has no md superblock", spec.name, c.name));
     }
     const uint16_t role = o.best.role_of(c.sb->raw.dev_number);
+    // The kernel does not keep a spare's event count up to date.
+    if (redundant && role == kRoleSpare && c.sb->own_role() == kRoleSpare) {
+      o.spares.push_back(&c);
+      continue;
+    }
     if (redundant && c.sb->raw.events + 1 < o.best.raw.events) {
       log(LogLevel::kWarn, "volume", "volume {}: member {} is stale (event {} of {}) and not used", spec.name, c.name,
           c.sb->raw.events, o.best.raw.events);
-      continue;
-    }
-    if (role == kRoleSpare && c.sb->own_role() == kRoleSpare) {
-      o.spares.push_back(&c);
       continue;
     }
     if (role >= kRoleMax) {
       log(LogLevel::kWarn, "volume", "volume {}: member {} was marked faulty by the others and is not used", spec.name, c.name);
       continue;
     }
-    if (o.slots[role] != nullptr)
-      return fail(ErrorKind::kCorrupt, fmt::format("volume {}: {} and {} both claim slot {}", spec.name,
-                                                   o.slots[role]->name, c.name, role));
-    o.slots[role] = &c;
+    auto& place = redundant && c.sb->has(kFeatureReplacement) ? o.replacements[role] : o.slots[role];
+    if (place != nullptr)
+      return fail(ErrorKind::kCorrupt,
+                  fmt::format("volume {}: {} and {} both claim slot {}", spec.name, place->name, c.name, role));
+    place = &c;
   }
   return {};
 }
 
+
+// What reads in whole blocks must begin at one.
+Status check_alignment(const Opening& o, const Candidate& c) {
+  const uint32_t block = c.volume->geometry().block_size;
+  if (is_aligned(c.sb->data_offset_bytes(), block)) return {};
+  return fail(ErrorKind::kUnsupported, fmt::format("volume {}: member {}: data at sector {} does not begin at one of its {} byte blocks",
+                                                   o.spec.name, c.name, c.sb->raw.data_offset, block));
+}
 
 // raid0 and linear: plain layouts over the data areas.
 Result<VolumePtr> open_plain(Opening& o) {
@@ -165,6 +218,7 @@ Result<VolumePtr> open_plain(Opening& o) {
     if (o.slots[i] == nullptr)
       return fail(ErrorKind::kNotFound, fmt::format("volume {}: member {} of {} is missing and md {} has no redundancy",
                                                     o.spec.name, i, o.slots.size(), level_name(b.level)));
+    SPILLWAY_CHECK(check_alignment(o, *o.slots[i]));
     const Superblock& sb = *o.slots[i]->sb;
     const uint64_t round = sb.raw.chunk_sectors != 0 ? sb.chunk_bytes() : kSectorSize;
     const uint64_t length = align_down(sb.raw.data_size * kSectorSize, round);
@@ -211,13 +265,24 @@ Task<Result<std::unique_ptr<Bitmap>>> load_bitmap(Opening& o, const ArrayInit& i
   const uint64_t component = o.best.raw.size * kSectorSize;
   const int64_t offset = o.best.raw.bitmap_offset;
   std::unique_ptr<Bitmap> bitmap;
-  for (const MemberPtr& m : init.slots) {
-    if (!m || m->state.load() != MemberState::kActive) continue;
+  // The active ones first: what a member that is still being filled has there says nothing.
+  std::vector<MemberPtr> all;
+  for (const MemberPtr& m : init.slots)
+    if (m && m->state.load() == MemberState::kActive) all.push_back(m);
+  for (const auto* list : {&init.slots, &init.replacements, &init.spares})
+    for (const MemberPtr& m : *list)
+      if (m && m->state.load() != MemberState::kActive) all.push_back(m);
+  for (const MemberPtr& m : all) {
     const std::string who = fmt::format("volume {}: member {}", o.spec.name, m->name);
     const uint64_t space = area_space(m->sb, offset);
     const uint64_t at = static_cast<uint64_t>(static_cast<int64_t>(kSuperOffset) + offset * kSectorSize);
     if (space < sizeof(RawBitmapHeader) || !is_aligned(at, 4096) || m->sb.raw.bitmap_offset != offset)
       co_return fail(ErrorKind::kCorrupt, fmt::format("{}: write-intent bitmap at sector {} has no room", who, offset));
+    if (m->state.load() != MemberState::kActive) {
+      if (bitmap && space < Bitmap::bytes_for(component, bitmap->chunk()))
+        co_return fail(ErrorKind::kCorrupt, fmt::format("{}: write-intent bitmap at sector {} has no room", who, offset));
+      continue;
+    }
     AlignedBuffer buffer(align_down(std::min(space, kMiB), 4096));
     if (!buffer || buffer.size() == 0) co_return fail(ErrorKind::kNoMemory, who + ": write-intent bitmap");
     const iovec v = buffer.iov();
@@ -225,7 +290,8 @@ Task<Result<std::unique_ptr<Bitmap>>> load_bitmap(Opening& o, const ArrayInit& i
     if (!s) co_return fail(std::move(s).error().with_context(who));
     RawBitmapHeader h;
     std::memcpy(&h, buffer.data(), sizeof h);
-    s = Bitmap::check(h, component, buffer.size(), who);
+    const uint64_t whole = o.best.raw.chunk_sectors != 0 ? align_down(component, o.best.chunk_bytes()) : component;
+    s = Bitmap::check(h, component, whole, buffer.size(), who);
     if (!s) co_return fail(std::move(s).error());
     if (std::to_array(h.uuid) != o.best.uuid())
       co_return fail(ErrorKind::kCorrupt, who + ": the write-intent bitmap belongs to another array");
@@ -248,6 +314,25 @@ Task<Result<VolumePtr>> open_redundant(Opening& o) {
   a.background = spec.background;
   if (spec.rebuild_rate_min != 0) a.rebuild_rate_min = spec.rebuild_rate_min;
   uint32_t active = 0;
+  // Only the replacement is left of a slot: it is the member, as far as it was filled. One whose member is there goes on
+  // being filled; from the start when the array is dirty, for what was in flight may be on one of the two.
+  const bool dirty = !o.best.clean();
+  a.replacements.resize(o.slots.size());
+  for (size_t i = 0; i < o.slots.size(); ++i) {
+    Candidate* r = o.replacements[i];
+    if (r == nullptr) continue;
+    SPILLWAY_CO_CHECK(check_alignment(o, *r));
+    if (o.slots[i] == nullptr) {
+      o.slots[i] = r;
+    } else if (!spec.read_only && !o.slots[i]->sb->has(kFeatureRecoveryOffset)) {
+      MemberPtr m = make_member(*r, static_cast<int>(i));
+      m->state.store(MemberState::kRebuilding);
+      const uint64_t filled = r->sb->has(kFeatureRecoveryOffset) ? std::min(r->sb->raw.recovery_offset, o.best.raw.size)
+                                                                  : o.best.raw.size;
+      m->recovered.store(dirty ? 0 : filled * kSectorSize);
+      a.replacements[i] = std::move(m);
+    }
+  }
   for (size_t i = 0; i < o.slots.size(); ++i) {
     a.slot_names.push_back(o.slots[i] != nullptr ? o.slots[i]->name : std::string());
     if (o.slots[i] == nullptr) {
@@ -257,6 +342,7 @@ Task<Result<VolumePtr>> open_redundant(Opening& o) {
     Candidate& c = *o.slots[i];
     if (c.volume->geometry().read_only && !spec.read_only)
       co_return fail(ErrorKind::kReadOnly, fmt::format("volume {}: member {} is read-only", spec.name, c.name));
+    SPILLWAY_CO_CHECK(check_alignment(o, c));
     MemberPtr m = make_member(c, static_cast<int>(i));
     if (c.sb->has(kFeatureRecoveryOffset) && c.sb->raw.recovery_offset < o.best.raw.size) {
       m->recovered.store(c.sb->raw.recovery_offset * kSectorSize);
@@ -272,7 +358,13 @@ Task<Result<VolumePtr>> open_redundant(Opening& o) {
   if (active < need)
     co_return fail(ErrorKind::kDegraded, fmt::format("volume {}: {} of {} members usable, needs {}", spec.name, active,
                                                      o.best.raw.raid_disks, need));
-  for (Candidate* c : o.spares) a.spares.push_back(make_member(*c, -1));
+  for (Candidate* c : o.spares) {
+    if (!check_alignment(o, *c) || (o.best.has(kFeatureBitmap) && c->sb->raw.bitmap_offset != o.best.raw.bitmap_offset)) {
+      log(LogLevel::kWarn, "volume", "volume {}: spare {} is laid out unlike the members and not used", spec.name, c->name);
+      continue;
+    }
+    a.spares.push_back(make_member(*c, -1));
+  }
 
   if (o.best.has(kFeatureBitmap)) {
     auto bitmap = co_await load_bitmap(o, a);
@@ -280,30 +372,50 @@ Task<Result<VolumePtr>> open_redundant(Opening& o) {
     a.bitmap = std::move(*bitmap);
     a.bitmap_offset = static_cast<uint64_t>(static_cast<int64_t>(kSuperOffset) + int64_t{o.best.raw.bitmap_offset} * kSectorSize);
   }
-  const bool dirty = !o.best.clean(), degraded = active < o.best.raw.raid_disks;
+  const bool degraded = active < o.best.raw.raid_disks;
   if (raid5 && (o.best.has(kFeaturePpl) || o.best.has(kFeatureMultiplePpls))) {
     init.ppl = true;
     init.ppl_offset = static_cast<uint64_t>(static_cast<int64_t>(kSuperOffset) + int64_t{o.best.raw.ppl.offset} * kSectorSize);
     init.ppl_size = std::min<uint64_t>(uint64_t{o.best.raw.ppl.size} * kSectorSize, area_space(o.best, o.best.raw.ppl.offset));
+    for (const auto* list : {&a.slots, &a.replacements, &a.spares})
+      for (const MemberPtr& m : *list) {
+        if (!m) continue;
+        if (m->sb.raw.ppl.offset != o.best.raw.ppl.offset)
+          co_return fail(ErrorKind::kUnsupported, fmt::format("volume {}: member {}: its partial parity log is at another place "
+                                                              "than the others'", spec.name, m->name));
+        init.ppl_size = std::min(init.ppl_size, area_space(m->sb, m->sb.raw.ppl.offset));
+        if (!is_aligned(init.ppl_offset, m->volume->geometry().block_size))
+          co_return fail(ErrorKind::kUnsupported, fmt::format("volume {}: member {}: its partial parity log begins in the "
+                                                              "middle of a block", spec.name, m->name));
+      }
+    init.ppl_size = align_down(init.ppl_size, kPageSize);
     if (init.ppl_size < kPplHeaderSize + 4096)
       co_return fail(ErrorKind::kCorrupt, fmt::format("volume {}: partial parity log at sector {} has no room", spec.name,
                                                       o.best.raw.ppl.offset));
   }
   if (raid5 && dirty && degraded) {
-    if (spec.read_only)
+    if (spec.read_only && !init.ppl)
       log(LogLevel::kWarn, "volume", "volume {}: dirty and degraded: what the missing member held may read back wrong", spec.name);
-    else if (!init.ppl && !spec.force)
+    else if (!spec.read_only && !init.ppl && !spec.force)
       co_return fail(ErrorKind::kDegraded,
                      fmt::format("volume {}: dirty and degraded without a partial parity log: what the missing member held "
                                  "may be lost; read it with --read-only, or start it with --force", spec.name));
   }
-  if (init.ppl && dirty && !spec.read_only) {
+  if (init.ppl && dirty && degraded && spec.read_only)
+    for (const MemberPtr& m : a.slots)
+      if (m) m->volume = std::make_shared<Overlay>(m->volume);
+  if (init.ppl && dirty && (degraded || !spec.read_only)) {
     auto replayed = co_await replay_ppl(init);
     if (!replayed) co_return fail(std::move(replayed).error().with_context(fmt::format("volume {}", spec.name)));
-    // As the kernel: entries replayed mean the log was in use, and it covers all that was in flight. A position other
-    // than zero says the first resync had not finished.
-    a.known_in_sync = *replayed > 0 && o.best.raw.resync_offset == 0;
-    log(LogLevel::kInfo, "volume", "volume {}: {} partial parity log entries replayed", spec.name, *replayed);
+    // As the kernel: entries replayed and none that does not fit mean that the log covers all that was in flight.
+    a.known_in_sync = replayed->entries > 0 && replayed->mismatches == 0 && !degraded && o.best.raw.resync_offset == 0;
+    log(LogLevel::kInfo, "volume", "volume {}: {} partial parity log entries replayed, {} mismatches", spec.name,
+        replayed->entries, replayed->mismatches);
+  }
+  // Not before the replayed parity is stable.
+  if (init.ppl && !spec.read_only) {
+    Status s = co_await reset_ppl(init);
+    if (!s) co_return fail(std::move(s).error().with_context(fmt::format("volume {}", spec.name)));
   }
   auto array = raid5 ? make_raid5(spec.name, std::move(init)) : make_mirror(spec.name, std::move(a));
   if (!array) co_return fail(std::move(array).error());
@@ -325,12 +437,17 @@ Task<Result<std::vector<Candidate>>> examine(const LayerSpec& spec) {
       if (!seen.insert(c.volume.get()).second)
         co_return fail(ErrorKind::kInvalid, fmt::format("volume {}: member {} is listed twice", spec.name, c.name));
       auto sb = co_await read_superblock(*c.volume);
-      if (!sb) co_return fail(std::move(sb).error().with_context(fmt::format("volume {}", spec.name)));
-      c.sb = std::move(*sb);
-      if (!c.sb) {
-        auto blank = co_await is_blank(*c.volume);
-        if (!blank) co_return fail(std::move(blank).error());
+      if (!sb && sb.error().kind() != ErrorKind::kIo)
+        co_return fail(std::move(sb).error().with_context(fmt::format("volume {}", spec.name)));
+      Result<bool> blank = false;
+      if (sb && !*sb) blank = co_await is_blank(*c.volume);
+      if (!blank && blank.error().kind() != ErrorKind::kIo) co_return fail(std::move(blank).error());
+      if (sb && blank) {
+        c.sb = std::move(*sb);
         c.blank = *blank;
+      } else {  // a disk that cannot even be read is as good as none; the layer decides whether it can do without
+        log(LogLevel::kWarn, "volume", "volume {}: {}", spec.name, sb ? blank.error().message() : sb.error().message());
+        c.volume = nullptr;
       }
     }
     all.push_back(std::move(c));
@@ -449,7 +566,7 @@ Task<Result<CreatePlan>> create(const LayerSpec& spec, std::vector<Candidate> me
     clean = true;
     for (size_t i = 0; i < n && clean; ++i) clean = co_await is_hole(*members[i].volume);
   }
-  r.resync_offset = clean ? kInSync : consistency == "ppl" ? 1 : 0;
+  r.resync_offset = clean ? kInSync : 0;
   if (level <= 0) r.resync_offset = 0;
   plan.lines.push_back(fmt::format("{}: md 1.2 {}{}, {} members, {}{}{}", spec.name, level_name(level),
                                    level == kLevelRaid5 ? fmt::format(" {}", to_string(layout)) : std::string(), n,

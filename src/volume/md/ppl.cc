@@ -31,7 +31,7 @@ std::vector<std::byte> empty_ppl_header(uint32_t signature) {
   return out;
 }
 
-std::vector<PplEntry> parse_ppl(std::span<const std::byte> area, uint32_t signature) {
+std::optional<std::vector<PplEntry>> parse_ppl(std::span<const std::byte> area, uint32_t signature) {
   // Large areas are a ring of headers, each followed by its partial parity; the newest one counts.
   RawPplHeader best{};
   uint64_t best_data = 0;
@@ -47,8 +47,8 @@ std::vector<PplEntry> parse_ppl(std::span<const std::byte> area, uint32_t signat
     best_data = at;
     for (uint32_t i = 0; i < h.entries_count; ++i) at += h.entries[i].pp_size;
   }
+  if (!found) return std::nullopt;
   std::vector<PplEntry> out;
-  if (!found) return out;
   uint64_t at = best_data;
   for (uint32_t i = 0; i < best.entries_count; ++i) {
     PplEntry e{best.entries[i], false, {}};
@@ -96,7 +96,7 @@ Task<Result<uint64_t>> PplLog::log(std::vector<Entry> entries) {
     e.raw.pp_size = static_cast<uint32_t>(e.partial_parity.size());
     e.raw.checksum = crc32c_inverted(e.partial_parity);
   }
-  SPILLWAY_ASSERT(mine.bytes <= space_ && entries.size() <= kPplMaxEntries);
+  SPILLWAY_ASSERT(mine.bytes <= space_ && entries.size() < kPplMaxEntries);
   Join join{*this, mine};
   co_await join;
   if (mine.leader) {
@@ -112,7 +112,7 @@ Task<Result<uint64_t>> PplLog::log(std::vector<Entry> entries) {
       uint64_t bytes = mine.bytes, count = entries.size();
       std::vector<Request*> left;
       for (Request* r : pending_) {
-        if (s && bytes + r->bytes <= space_ && count + r->entries->size() <= kPplMaxEntries) {
+        if (s && bytes + r->bytes <= space_ && count + r->entries->size() < kPplMaxEntries) {
           bytes += r->bytes;
           count += r->entries->size();
           batch.push_back(r);
@@ -154,6 +154,7 @@ Task<Status> PplLog::write_batch(std::vector<Request*>& batch) {
       if (!e.partial_parity.empty())
         iov.push_back({const_cast<std::byte*>(e.partial_parity.data()), e.partial_parity.size()});
     }
+  if (!io_.in_sync()) h.entries[h.entries_count++] = RawPplEntry{0, 0, 0, 0, 1};  // no bytes: their checksum is 0
   h.checksum = header_checksum(h);
   std::memcpy(header_page.data(), &h, sizeof h);
   co_return co_await io_.write(0, iov);

@@ -18,6 +18,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -37,9 +38,9 @@ struct PplEntry {
   bool valid = false;
   std::vector<std::byte> partial_parity;
 };
-// `area`: the whole log area of a member. Newest valid header wins; none: empty. Never trusts a size it has not
-// checked against the area.
-std::vector<PplEntry> parse_ppl(std::span<const std::byte> area, uint32_t signature);
+// `area`: the whole log area of a member. Newest valid header wins; nullopt: there is none. Never trusts a size it has
+// not checked against the area.
+std::optional<std::vector<PplEntry>> parse_ppl(std::span<const std::byte> area, uint32_t signature);
 std::vector<std::byte> empty_ppl_header(uint32_t signature);
 
 class PplLog {
@@ -47,6 +48,9 @@ class PplLog {
   struct Io {
     // Writes to the log area of a member (offset within it), stable when done.
     std::function<Task<Status>(uint64_t offset, Iov iov)> write;
+    // Whether parity is known to be right outside what the log covers. While it is not, every header gets an entry that
+    // fits no checksum, so that whoever replays it (we or the kernel, which would call the array clean) resyncs all.
+    std::function<bool()> in_sync;
     // Makes all data written so far stable on every member in use.
     std::function<Task<Status>()> flush_members;
   };

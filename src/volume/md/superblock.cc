@@ -53,7 +53,6 @@ Status check_features(const RawSuperblock& r, const std::string& who) {
   static constexpr Named refused[] = {
       {kFeatureReshape | kFeatureReshapeBackwards | kFeatureNewOffset, "a reshape is under way; finish it with mdadm"},
       {kFeatureBadBlocks, "its bad block log is not empty"},
-      {kFeatureReplacement, "it is a replacement being filled; finish it with mdadm"},
       {kFeatureClustered, "clustered md"},
       {kFeatureJournal, "a raid5 journal (write cache)"},
   };
@@ -90,6 +89,7 @@ Status check_fields(const RawSuperblock& r, uint64_t member_size, const std::str
     return corrupt(fmt::format("chunk of {} sectors", r.chunk_sectors));
   if (r.level == 5 && ((r.chunk_sectors & (r.chunk_sectors - 1)) != 0 || r.chunk_sectors < 8))
     return corrupt(fmt::format("raid5 chunk of {} sectors", r.chunk_sectors));
+  if (r.level == 5 && r.size < r.chunk_sectors) return corrupt("uses less than a chunk");
   if ((r.level == 0 || r.level == kLevelLinear) && r.chunk_sectors != 0 && r.data_size < r.chunk_sectors)
     return corrupt("a member smaller than a chunk");
   if (r.level == 5 && r.layout > 3)

@@ -38,6 +38,7 @@ class Mirror final : public RedundantArray {
   bool survives(const std::vector<bool>& missing) const override {
     return std::find(missing.begin(), missing.end(), false) != missing.end();
   }
+  bool unsurvived_fault_is_final() const override { return false; }
   bool can_resync() const override { return active_members() >= 1; }
   uint64_t sync_unit() const override { return kGranule; }
   Task<Status> prepare_member(Member&) override { return Task<Status>::ready(); }
@@ -80,7 +81,7 @@ Task<Status> Mirror::do_read(IoContext ctx, uint64_t offset, Iov iov) {
   const uint64_t end = offset + iov_length(iov);
   const auto& slots = table().slots;
   MemberPtr m;
-  if (needs_sync(offset) || needs_sync(end - 1)) {
+  if (needs_sync(offset, end)) {
     m = first_active();
   } else {
     const size_t turn = static_cast<size_t>(offset / kReadSpread);
@@ -113,7 +114,7 @@ Task<Status> Mirror::read_other(IoContext ctx, uint64_t offset, Iov iov) {
 // *source: who had it, null when it came in pieces.
 Task<Status> Mirror::read_any(IoContext ctx, uint64_t offset, std::byte* to, uint64_t length, MemberPtr* source) {
   const uint64_t end = offset + length;
-  const bool doubtful = needs_sync(offset) || needs_sync(end - 1);
+  const bool doubtful = needs_sync(offset, end);
   std::vector<MemberPtr> unreadable;
   Status s = failed_error();
   source->reset();
@@ -162,11 +163,12 @@ Task<Status> Mirror::fan_out(uint64_t, std::function<Task<Status>(Member&)> op) 
     Status status{};
   };
   std::vector<Result1> results;
-  for (const auto& m : table().slots) {
-    if (!m) continue;
-    const MemberState st = m->state.load();
-    if (st == MemberState::kActive || st == MemberState::kRebuilding) results.push_back({m, {}});
-  }
+  for (const auto* list : {&table().slots, &table().replacements})
+    for (const auto& m : *list) {
+      if (!m) continue;
+      const MemberState st = m->state.load();
+      if (st == MemberState::kActive || st == MemberState::kRebuilding) results.push_back({m, {}});
+    }
   auto one = [](Task<Status> t, Status* out) -> Task<Status> {
     *out = co_await t;
     co_return Status{};
@@ -253,29 +255,23 @@ Task<Result<uint64_t>> Mirror::sync_step(Sync kind, MemberPtr target, uint64_t o
   uint64_t differ = 0;
   MemberPtr source;
   Status s = co_await read_any(ctx, offset, good.data(), length, &source);
-  for (const auto& m : table().slots) {
-    if (!s) break;
-    if (!m || m == source || (m == target && kind != Sync::kRebuild)) continue;
-    if (kind == Sync::kRebuild ? m != target : !m->in_use(end)) continue;
-    bool readable = false, same = false;
-    if (kind != Sync::kRebuild) {
-      Status r = co_await member_read(*m, ctx, offset, other.data(), length);
-      readable = r.has_value();
-      uint64_t here = 0;
-      for (uint64_t i = 0; readable && i < length; i += kSectorSize)
-        here += std::memcmp(good.data() + i, other.data() + i, kSectorSize) != 0;
-      same = readable && here == 0;
-      differ += here;
-    }
-    if (same || (kind == Sync::kCheck && readable)) continue;
-    Status w = co_await member_write(*m, ctx, offset, good.data(), length);
-    if (w && !readable && kind != Sync::kRebuild) m->read_errors.fetch_add(1);
-    if (!w) {
-      note_fault(*m, w.error());
-      if (m == target) s = std::move(w);
-    }
+  if (s && kind == Sync::kRebuild) {
+    s = co_await member_write(*target, ctx, offset, good.data(), length);
+    if (s) target->recovered.store(end, std::memory_order_release);
+    else note_fault(*target, s.error());
   }
-  if (s && kind == Sync::kRebuild) target->recovered.store(end, std::memory_order_release);
+  for (size_t slot = 0; s && kind != Sync::kRebuild && slot < table().slots.size(); ++slot) {
+    const MemberPtr m = table().slots[slot];
+    if (!m || m == source || !m->in_use(end)) continue;
+    Status r = co_await member_read(*m, ctx, offset, other.data(), length);
+    uint64_t here = 0;
+    for (uint64_t i = 0; r && i < length; i += kSectorSize)
+      here += std::memcmp(good.data() + i, other.data() + i, kSectorSize) != 0;
+    differ += here;
+    if (r && (here == 0 || kind == Sync::kCheck)) continue;
+    Status w = co_await slot_write(slot, ctx, offset, good.data(), length);
+    if (w && !r && m->state.load() == MemberState::kActive) m->read_errors.fetch_add(1);
+  }
   stripes_.unlock_range(g0, g1);
   if (!s) co_return fail(std::move(s).error());
   co_return differ;

@@ -61,6 +61,7 @@ class Raid5 final : public RedundantArray {
     for (uint32_t i = 0; ppl_ && i < disks_; ++i) {
       PplLog::Io io;
       io.write = [this, i](uint64_t offset, Iov iov) { return write_log(i, offset, iov); };
+      io.in_sync = [this] { return in_sync(); };
       io.flush_members = [this]() { return flush_members(IoContext{.io_class = IoClass::kMetadata}); };
       logs_.push_back(std::make_unique<PplLog>(ppl_signature(common_.uuid()), init.ppl_size, std::move(io)));
     }
@@ -71,6 +72,7 @@ class Raid5 final : public RedundantArray {
   bool survives(const std::vector<bool>& missing) const override {
     return std::count(missing.begin(), missing.end(), true) <= 1;
   }
+  bool unsurvived_fault_is_final() const override { return true; }
   bool can_resync() const override { return !degraded(); }
   uint64_t sync_unit() const override { return chunk_; }
   std::string consistency() const override { return ppl_ ? "ppl" : RedundantArray::consistency(); }
@@ -106,7 +108,6 @@ class Raid5 final : public RedundantArray {
   Task<Status> read_locked(IoContext ctx, uint64_t row, uint32_t disk, uint64_t lo, uint64_t hi, std::byte* to);
   Task<Status> reconstruct(IoContext ctx, uint64_t row, uint32_t disk, uint64_t lo, uint64_t hi, std::byte* to);
   Task<Status> read_degraded(IoContext ctx, uint64_t row, uint64_t a, uint64_t b, Iov iov, uint64_t skip);
-  Task<Status> disk_write(IoContext ctx, uint32_t disk, uint64_t at, const std::byte* from, uint64_t n);
   Task<Status> write_log(uint32_t disk, uint64_t offset, Iov iov);
   Task<Status> zero_rows(IoContext ctx, uint64_t first, uint64_t end, bool unmap);
   Task<Result<uint64_t>> sync_row(Sync kind, MemberPtr target, uint64_t row);
@@ -209,6 +210,7 @@ Task<Status> Raid5::read_degraded(IoContext ctx, uint64_t row, uint64_t a, uint6
     co_return Status{};
   }
   if (missing == UINT32_MAX) co_return Status{};
+  if (array_failed()) co_return failed_error();
   const auto [lo, hi] = range(missing);
   const uint64_t n = hi - lo;
   const IovSlice target(iov, skip + missing * chunk_ + lo - a, n);
@@ -257,6 +259,7 @@ Task<Status> Raid5::read_degraded(IoContext ctx, uint64_t row, uint64_t a, uint6
 }
 
 Task<Status> Raid5::reconstruct(IoContext ctx, uint64_t row, uint32_t disk, uint64_t lo, uint64_t hi, std::byte* to) {
+  if (array_failed()) co_return failed_error();
   Buffers held;
   std::vector<const std::byte*> sources;
   std::vector<Task<Status>> reads;
@@ -282,7 +285,7 @@ Task<Status> Raid5::read_locked(IoContext ctx, uint64_t row, uint32_t disk, uint
   Status s = co_await member_read(*m, ctx, at, to, hi - lo);
   if (s || (s.error().kind() != ErrorKind::kIo && s.error().kind() != ErrorKind::kNotFound)) co_return s;
   Error why = std::move(s).error();
-  if (needs_sync(at)) co_return fail(std::move(why));  // the parity is not to be trusted here
+  if (needs_sync(at, at + hi - lo)) co_return fail(std::move(why));  // the parity is not to be trusted here
   s = co_await reconstruct(ctx, row, disk, lo, hi, to);
   if (!s && hi - lo > kPageSize) {  // bad sectors of two members in one row, at different places
     const uint64_t mid = lo + align_up((hi - lo) / 2, kPageSize);
@@ -383,7 +386,7 @@ Task<Status> Raid5::partial_parity(IoContext ctx, uint64_t row, const Rect& r, R
   if (others == 0) co_return Status{};
   bool rmw = written + 1 < others;
   // Where the parity may be stale, it is made anew from the data.
-  if (needs_sync(row * chunk_)) rmw = false;
+  if (needs_sync(row * chunk_, (row + 1) * chunk_)) rmw = false;
   for (uint32_t d = 0; d < data_disks; ++d)
     if (!usable(row, disk_of(row, d))) rmw = d < r.first || d > r.last;
   Buffers held;
@@ -406,14 +409,6 @@ Task<Status> Raid5::partial_parity(IoContext ctx, uint64_t row, const Rect& r, R
   Status s = co_await all_of(std::move(reads));
   if (!s) co_return s;
   xor_into(w.pp + r.lo, sources, r.hi - r.lo);
-  co_return Status{};
-}
-
-Task<Status> Raid5::disk_write(IoContext ctx, uint32_t disk, uint64_t at, const std::byte* from, uint64_t n) {
-  MemberPtr m = table().slots[disk];
-  if (!m || m->state.load() == MemberState::kFaulty) co_return Status{};
-  Status s = co_await member_write(*m, ctx, at, from, n);
-  if (!s && !note_fault(*m, s.error())) co_return s;
   co_return Status{};
 }
 
@@ -474,7 +469,7 @@ Task<Status> Raid5::write_locked(IoContext ctx, uint64_t row, uint64_t a, uint64
     const uint32_t disk = disk_of(row, d);
     if (!usable(row, disk)) continue;
     const uint64_t lo = std::max(a, d * chunk_) - d * chunk_, hi = std::min(b, (d + 1) * chunk_) - d * chunk_;
-    writes.push_back(disk_write(ctx, disk, row * chunk_ + lo, w.data_of(d) + lo, hi - lo));
+    writes.push_back(slot_write(disk, ctx, row * chunk_ + lo, w.data_of(d) + lo, hi - lo));
   }
   if (with_parity && usable(row, pd)) {
     // Neighbouring rectangles are one write.
@@ -482,7 +477,7 @@ Task<Status> Raid5::write_locked(IoContext ctx, uint64_t row, uint64_t a, uint64
       uint64_t hi = rects[i].hi;
       size_t k = i + 1;
       while (k < rects.size() && rects[k].lo == hi) hi = rects[k++].hi;
-      writes.push_back(disk_write(ctx, pd, row * chunk_ + rects[i].lo, w.parity + rects[i].lo, hi - rects[i].lo));
+      writes.push_back(slot_write(pd, ctx, row * chunk_ + rects[i].lo, w.parity + rects[i].lo, hi - rects[i].lo));
       i = k;
     }
   }
@@ -532,10 +527,11 @@ Task<Status> Raid5::zero_rows(IoContext ctx, uint64_t first, uint64_t end, bool 
       if (!r && !self->note_fault(*m, r.error())) co_return r;
       co_return Status{};
     };
-    for (const auto& m : table().slots) {
-      if (!m || m->state.load() == MemberState::kFaulty) continue;
-      tasks.push_back(one(this, m, ctx, row * chunk_, (stop - row) * chunk_, unmap));
-    }
+    for (const auto* list : {&table().slots, &table().replacements})
+      for (const auto& m : *list) {
+        if (!m || m->state.load() == MemberState::kFaulty) continue;
+        tasks.push_back(one(this, m, ctx, row * chunk_, (stop - row) * chunk_, unmap));
+      }
     s = co_await all_of(std::move(tasks));
     stripes_.unlock_range(row, stop - 1);
   }
@@ -579,7 +575,10 @@ Task<Result<uint64_t>> Raid5::sync_row(Sync kind, MemberPtr target, uint64_t row
   BufferPool::Lease computed(buffers_);
   if (!computed) co_return no_memory();
   if (kind == Sync::kRebuild) {
-    Status s = co_await reconstruct(ctx, row, static_cast<uint32_t>(target->slot), 0, chunk_, computed.data());
+    // A replacement is copied from the member in use, where that can be read; a slot's own target cannot.
+    const uint32_t slot = static_cast<uint32_t>(target->slot);
+    Status s = table().slots[slot] == target ? co_await reconstruct(ctx, row, slot, 0, chunk_, computed.data())
+                                             : co_await read_locked(ctx, row, slot, 0, chunk_, computed.data());
     if (!s) co_return fail(std::move(s).error());
     s = co_await member_write(*target, ctx, row * chunk_, computed.data(), chunk_);
     if (!s) {
@@ -619,7 +618,7 @@ Task<Result<uint64_t>> Raid5::sync_row(Sync kind, MemberPtr target, uint64_t row
   for (uint64_t i = 0; i < chunk_; i += kSectorSize)
     differ += std::memcmp(computed.data() + i, parity.data() + i, kSectorSize) != 0;
   if (differ != 0 && kind != Sync::kCheck) {
-    s = co_await disk_write(ctx, pd, row * chunk_, computed.data(), chunk_);
+    s = co_await slot_write(pd, ctx, row * chunk_, computed.data(), chunk_);
     if (!s) co_return fail(std::move(s).error());
   }
   co_return differ;
@@ -643,7 +642,7 @@ Result<std::shared_ptr<md::RedundantArray>> make_raid5(std::string name, Raid5In
   return std::make_shared<Raid5>(std::move(name), size, geometry, std::move(init));
 }
 
-static Task<Result<uint64_t>> replay_member(const Raid5Init& init, uint32_t slot) {
+static Task<Result<PplReplay>> replay_member(const Raid5Init& init, uint32_t slot) {
   const ArrayInit& a = init.array;
   const MemberPtr log_member = a.slots[slot];
   const uint64_t chunk = a.sb.chunk_bytes(), disks = a.sb.raw.raid_disks, rows = a.sb.raw.size * kSectorSize / chunk;
@@ -655,14 +654,23 @@ static Task<Result<uint64_t>> replay_member(const Raid5Init& init, uint32_t slot
   const iovec v = area.iov();
   Status s = co_await log_member->volume->read(ctx, init.ppl_offset, Iov(&v, 1));
   if (!s) co_return fail(std::move(s).error());
-  uint64_t replayed = 0, unit = kSectorSize;
+  PplReplay done;
+  uint64_t unit = kSectorSize;
   for (const MemberPtr& m : a.slots)
     if (m) unit = std::max<uint64_t>(unit, m->volume->geometry().block_size);
   AlignedBuffer parity_page(kPageSize), block_page(kPageSize);
   if (!parity_page || !block_page) co_return fail(ErrorKind::kNoMemory, "partial parity log");
   std::byte *const parity = parity_page.data(), *const block = block_page.data();
-  for (const PplEntry& e : parse_ppl({area.data(), area.size()}, ppl_signature(a.sb.uuid()))) {
-    if (!e.valid) continue;  // torn: its data was never written
+  const auto entries = parse_ppl({area.data(), area.size()}, ppl_signature(a.sb.uuid()));
+  if (!entries) {
+    ++done.mismatches;
+    co_return done;
+  }
+  for (const PplEntry& e : *entries) {
+    if (!e.valid) {  // torn: its data was never written
+      ++done.mismatches;
+      continue;
+    }
     // Modified range, as the kernel reads an entry: per chunk `strip` bytes from the same offset, up to `last`.
     const uint64_t first = e.raw.data_sector * kSectorSize, pp = e.raw.pp_size, data = e.raw.data_size;
     uint64_t strip, last;
@@ -709,19 +717,20 @@ static Task<Result<uint64_t>> replay_member(const Raid5Init& init, uint32_t slot
       s = co_await log_member->volume->write(ctx, log_member->data_offset() + row * chunk + (first + i) % chunk, Iov(&p, 1));
       if (!s) co_return fail(std::move(s).error());
     }
-    ++replayed;
+    ++done.entries;
   }
-  co_return replayed;
+  co_return done;
 }
 
-Task<Result<uint64_t>> replay_ppl(const Raid5Init& init) {
-  uint64_t replayed = 0;
+Task<Result<PplReplay>> replay_ppl(const Raid5Init& init) {
+  PplReplay all;
   for (uint32_t slot = 0; slot < init.array.slots.size(); ++slot) {
     const MemberPtr& m = init.array.slots[slot];
     if (!m || m->state.load() == MemberState::kFaulty) continue;
     auto r = co_await replay_member(init, slot);
     if (!r) co_return r;
-    replayed += *r;
+    all.entries += r->entries;
+    all.mismatches += r->mismatches;
   }
   IoContext ctx;
   ctx.io_class = IoClass::kMetadata;
@@ -730,20 +739,25 @@ Task<Result<uint64_t>> replay_ppl(const Raid5Init& init) {
     Status s = co_await m->volume->flush(ctx);
     if (!s) co_return fail(std::move(s).error());
   }
-  // Replayed parity is stable; only now may the logs go.
+  co_return all;
+}
+
+Task<Status> reset_ppl(const Raid5Init& init) {
   auto header = empty_ppl_header(ppl_signature(init.array.sb.uuid()));
   AlignedBuffer page(align_down(init.ppl_size, kSectorSize));
   if (!page) co_return fail(ErrorKind::kNoMemory, "partial parity log");
   std::memset(page.data(), 0, page.size());
   std::memcpy(page.data(), header.data(), header.size());
+  IoContext ctx;
+  ctx.io_class = IoClass::kMetadata;
   ctx.fua = true;
-  for (const MemberPtr& m : init.array.slots) {
-    if (!m) continue;
-    const iovec v = page.iov();
-    Status s = co_await m->volume->write(ctx, init.ppl_offset, Iov(&v, 1));
-    if (!s) co_return fail(std::move(s).error());
-  }
-  co_return replayed;
+  for (const auto* list : {&init.array.slots, &init.array.replacements, &init.array.spares})
+    for (const MemberPtr& m : *list) {
+      if (!m) continue;
+      const iovec v = page.iov();
+      SPILLWAY_CO_CHECK(co_await m->volume->write(ctx, init.ppl_offset, Iov(&v, 1)));
+    }
+  co_return Status{};
 }
 
 }  // namespace spillway

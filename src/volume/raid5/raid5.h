@@ -27,7 +27,14 @@ struct Raid5Init {
 };
 Result<std::shared_ptr<md::RedundantArray>> make_raid5(std::string name, Raid5Init init);
 
-// Replays the logs of all members into the parity, before the array is used. Returns how many entries were replayed.
-Task<Result<uint64_t>> replay_ppl(const Raid5Init& init);
+struct PplReplay {
+  uint64_t entries = 0;  // replayed
+  // Logs without a valid header, entries whose checksum is wrong: as in the kernel, these leave the parity to a resync.
+  uint64_t mismatches = 0;
+};
+// Replays the logs of all members into the parity, before the array is used. Writes parity, and flushes it.
+Task<Result<PplReplay>> replay_ppl(const Raid5Init& init);
+// Empties the logs of all members, whatever the kernel or we left there. After a replay, before the first write.
+Task<Status> reset_ppl(const Raid5Init& init);
 
 }  // namespace spillway
