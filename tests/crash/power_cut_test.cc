@@ -5,6 +5,10 @@
 // What may be otherwise: a block that was being written (or written and not flushed) is old or new; on a raid5 that
 // lost a member at the same moment, such a block of *that member* may be neither (md's PPL has the same limit), and
 // without a log the array refuses to start.
+//
+// Also: sets below a stripe or a linear volume; a member that fails during the load and is there again afterwards, with
+// what it had (it must not be believed); a second cut in the middle of the recovery from the first; and each state read
+// without writing anything, which must show no less.
 #include <fmt/core.h>
 #include <gtest/gtest.h>
 
@@ -33,8 +37,9 @@ constexpr uint64_t kBlock = 512;
 // A disk over somebody else's bytes.
 class ImageVolume final : public Volume {
  public:
-  ImageVolume(std::string name, std::vector<std::byte>* bytes)
-      : Volume(std::move(name), bytes->size(), Geometry{}), bytes_(*bytes) {}
+  // After *budget writes to any disk nothing reaches the bytes any more: the next cut.
+  ImageVolume(std::string name, std::vector<std::byte>* bytes, std::shared_ptr<uint64_t> budget, bool read_only)
+      : Volume(std::move(name), bytes->size(), Geometry{.read_only = read_only}), bytes_(*bytes), budget_(std::move(budget)) {}
   std::string_view layer() const override { return "image"; }
 
  protected:
@@ -43,13 +48,19 @@ class ImageVolume final : public Volume {
     return Task<Status>::ready();
   }
   Task<Status> do_write(IoContext, uint64_t offset, Iov iov) override {
+    if (*budget_ == 0) return Task<Status>::ready(fail(ErrorKind::kIo, "power is off"));
+    --*budget_;
     copy_from_iov(bytes_.data() + offset, iov, 0, iov_length(iov));
     return Task<Status>::ready();
   }
-  Task<Status> do_flush(IoContext) override { return Task<Status>::ready(); }
+  Task<Status> do_flush(IoContext) override {
+    if (*budget_ == 0) return Task<Status>::ready(fail(ErrorKind::kIo, "power is off"));
+    return Task<Status>::ready();
+  }
 
  private:
   std::vector<std::byte>& bytes_;
+  const std::shared_ptr<uint64_t> budget_;
 };
 
 constexpr uint64_t kComponent = 128 * kKiB;
@@ -59,10 +70,15 @@ constexpr uint64_t kChunk = 16 * kKiB;
 struct Shape {
   const char* layer;
   const char* consistency;
-  size_t disks;
+  size_t disks;  // of a set
   int writes;
+  bool dies = false;          // one member, half way
+  const char* top = nullptr;  // "stripe", "linear": over two such sets
 };
-void PrintTo(const Shape& s, std::ostream* os) { *os << s.layer << s.disks << "_" << s.consistency; }
+void PrintTo(const Shape& s, std::ostream* os) {
+  if (s.top != nullptr) *os << s.top << "_";
+  *os << s.layer << s.disks << "_" << s.consistency << (s.dies ? "_dies" : "");
+}
 
 // A write by the client; contents are a function of its number and the block.
 struct ClientWrite {
@@ -130,28 +146,68 @@ struct Client {
 
 class PowerCut : public ::testing::TestWithParam<Shape> {
  protected:
-  LayerSpec spec(const std::vector<VolumePtr>& members) const {
+  size_t sets() const { return GetParam().top != nullptr ? 2 : 1; }
+  size_t disks() const { return GetParam().disks * sets(); }
+  bool raid5() const { return std::string_view(GetParam().layer) == "raid5"; }
+  bool logged() const { return std::string_view(GetParam().consistency) == "ppl"; }
+  LayerSpec spec(size_t set, const std::vector<VolumePtr>& members) const {
     LayerSpec s;
-    s.name = "vol";
+    s.name = fmt::format("vol{}", set);
     s.layer = GetParam().layer;
-    s.chunk = s.layer == "raid5" ? kChunk : 0;
+    s.chunk = raid5() ? kChunk : 0;
     s.consistency = GetParam().consistency;
-    s.members = members;
+    for (size_t i = 0; i < GetParam().disks; ++i) s.members.push_back(members[set * GetParam().disks + i]);
     s.rebuild_rate_min = kGiB;
     return s;
   }
+  struct Opened {
+    VolumePtr top;
+    std::vector<VolumePtr> sets;
+    void idle(SimReactor& sim) {
+      for (auto& v : sets) sim.block_on(array_control(*v)->wait_idle());
+    }
+  };
+  Result<Opened> open(SimReactor& sim, const std::vector<VolumePtr>& members, bool read_only = false) const {
+    Opened o;
+    for (size_t i = 0; i < sets(); ++i) {
+      LayerSpec s = spec(i, members);
+      s.read_only = read_only;
+      auto v = sim.block_on(assemble(s));
+      if (!v) {
+        for (auto& other : o.sets) (void)sim.block_on(other->close());
+        return std::unexpected(std::move(v).error());
+      }
+      o.sets.push_back(std::move(*v));
+    }
+    if (GetParam().top == nullptr) {
+      o.top = o.sets[0];
+      return o;
+    }
+    LayerSpec t;
+    t.name = "top";
+    t.layer = GetParam().top;
+    t.chunk = kChunk;
+    t.metadata = "none";
+    t.members = o.sets;
+    o.top = sim.block_on(assemble(t)).value();
+    return o;
+  }
 
   void run(uint64_t seed);
-  void check(SimReactor& sim, const Client& client, uint64_t at, std::vector<std::vector<std::byte>>& image, size_t gone);
-  uint64_t images = 0, refused = 0, degraded = 0;
+  void check(SimReactor& sim, const Client& client, uint64_t at, std::vector<std::vector<std::byte>>& image, size_t gone,
+             std::mt19937_64& random);
+  void check_contents(SimReactor& sim, Volume& v, const Client& client, uint64_t at, size_t gone, const char* when);
+  size_t dead = SIZE_MAX;
+  uint64_t images = 0, refused = 0, degraded = 0, interrupted = 0;
 };
 
 Task<Status> load(Client* c, int writes, std::mt19937_64* random, uint64_t blocks, uint64_t share_of) {
   // Batches of requests to disjoint parts, a flush now and then beside them.
-  size_t next = 0;
-  c->writes.reserve(static_cast<size_t>(writes) + 8);
-  c->flushes.reserve(static_cast<size_t>(writes) + 8);
-  while (next < static_cast<size_t>(writes)) {
+  size_t next = c->writes.size();
+  const size_t end = next + static_cast<size_t>(writes);
+  c->writes.reserve(end + 8);
+  c->flushes.reserve(c->flushes.size() + static_cast<size_t>(writes) + 8);
+  while (next < end) {
     std::vector<Task<Status>> tasks;
     const uint64_t k = 1 + (*random)() % 3;
     const uint64_t share = blocks / share_of;
@@ -189,55 +245,80 @@ Task<Status> fill_volume(Volume* v) {
   co_return co_await v->flush({});
 }
 
-void PowerCut::check(SimReactor& sim, const Client& client, uint64_t at, std::vector<std::vector<std::byte>>& image,
-                     size_t gone) {
-  ++images;
-  std::vector<VolumePtr> members;
-  for (size_t i = 0; i < image.size(); ++i) {
-    if (i == gone) {
-      members.push_back(nullptr);
-      continue;
+void PowerCut::check_contents(SimReactor& sim, Volume& v, const Client& client, uint64_t at, size_t gone, const char* when) {
+  auto all = sim.block_on(read_bytes(v, 0, v.size()));
+  ASSERT_TRUE(all) << all.error().message();
+  const uint64_t row = kChunk * (GetParam().disks - 1);
+  for (uint64_t b = 0; b < v.size() / kBlock; ++b) {
+    bool settled = true;
+    const auto ok = client.acceptable(b, at, &settled);
+    if (!settled && gone < disks() && raid5()) {
+      const uint64_t r = b * kBlock / row, d = b * kBlock % row / kChunk;
+      if (sets() > 1 || md::data_disk(md::Raid5Layout::kLeftSymmetric, static_cast<uint32_t>(disks()), r,
+                                      static_cast<uint32_t>(d)) == gone)
+        continue;  // in flight on the member that is gone (nested: on some member)
     }
-    members.push_back(std::make_shared<ImageVolume>(fmt::format("d{}", i), &image[i]));
+    uint64_t write, block;
+    std::memcpy(&write, all->data() + b * kBlock, 8);
+    std::memcpy(&block, all->data() + b * kBlock + 8, 8);
+    std::byte expected[kBlock];
+    fill(expected, write, b);
+    ASSERT_TRUE(ok.count(write) != 0 && block == b && std::memcmp(expected, all->data() + b * kBlock, kBlock) == 0)
+        << "cut at " << at << ", member gone " << gone << ", " << when << ": block " << b << " shows write " << write
+        << " of block " << block << ", allowed begin with " << *ok.begin();
   }
-  auto opened = sim.block_on(assemble(spec(members)));
+}
+
+void PowerCut::check(SimReactor& sim, const Client& client, uint64_t at, std::vector<std::vector<std::byte>>& image,
+                     size_t gone, std::mt19937_64& random) {
+  ++images;
+  const auto members = [&](uint64_t writes, bool read_only) {
+    std::vector<VolumePtr> v;
+    auto budget = std::make_shared<uint64_t>(writes);
+    for (size_t i = 0; i < image.size(); ++i)
+      v.push_back(i == gone ? nullptr : std::make_shared<ImageVolume>(fmt::format("d{}", i), &image[i], budget, read_only));
+    return v;
+  };
+  // A member that failed is missing, too, once the others know.
+  const size_t lost = gone < disks() ? gone : dead;
+  const auto acceptable_refusal = [&](const Error& e) {
+    // Only a raid5 without a log may refuse, and only without a member.
+    return lost < disks() && raid5() && !logged() && e.kind() == ErrorKind::kDegraded;
+  };
+  {
+    auto opened = open(sim, members(0, true), true);
+    ASSERT_TRUE(opened) << opened.error().message() << " at " << at;
+    bool guess = false;  // dirty, degraded, no log: said in a warning, and refused below
+    for (auto& set : opened->sets) guess |= raid5() && !logged() && array_status(*set).state == "degraded";
+    if (!guess) ASSERT_NO_FATAL_FAILURE(check_contents(sim, *opened->top, client, at, lost, "read-only"));
+    ASSERT_TRUE(sim.block_on(opened->top->close()));
+  }
+  if (random() % 3 == 0) {
+    ++interrupted;
+    auto opened = open(sim, members(random() % 12, false));
+    if (opened) {
+      opened->idle(sim);
+      (void)sim.block_on(opened->top->close());
+    }
+  }
+  auto opened = open(sim, members(UINT64_MAX, false));
   if (!opened) {
-    // Only a raid5 without a log may refuse, and only with a member gone.
-    ASSERT_TRUE(gone < image.size() && spec({}).layer == "raid5" && spec({}).consistency != "ppl")
-        << opened.error().message() << " at " << at;
-    ASSERT_EQ(opened.error().kind(), ErrorKind::kDegraded) << opened.error().message();
+    ASSERT_TRUE(acceptable_refusal(opened.error())) << opened.error().message() << " at " << at;
     ++refused;
     return;
   }
-  if (gone < image.size()) ++degraded;
-  Volume& v = **opened;
-  const uint64_t row = kChunk * (image.size() - 1);
-  for (int pass = 0; pass < 2; ++pass) {
-    auto all = sim.block_on(read_bytes(v, 0, v.size()));
-    ASSERT_TRUE(all) << all.error().message();
-    for (uint64_t b = 0; b < v.size() / kBlock; ++b) {
-      bool settled = true;
-      const auto ok = client.acceptable(b, at, &settled);
-      if (!settled && gone < image.size() && spec({}).layer == "raid5") {
-        const uint64_t r = b * kBlock / row, d = b * kBlock % row / kChunk;
-        if (md::data_disk(md::Raid5Layout::kLeftSymmetric, static_cast<uint32_t>(image.size()), r, static_cast<uint32_t>(d)) == gone)
-          continue;  // in flight on the member that is gone
-      }
-      uint64_t write, block;
-      std::memcpy(&write, all->data() + b * kBlock, 8);
-      std::memcpy(&block, all->data() + b * kBlock + 8, 8);
-      std::byte expected[kBlock];
-      fill(expected, write, b);
-      ASSERT_TRUE(ok.count(write) != 0 && block == b && std::memcmp(expected, all->data() + b * kBlock, kBlock) == 0)
-          << "cut at " << at << ", member gone " << gone << ", pass " << pass << ": block " << b << " shows write " << write
-          << " of block " << block << ", allowed begin with " << *ok.begin();
-    }
-    sim.block_on(array_control(v)->wait_idle());
-  }
-  if (gone >= image.size()) {
-    ASSERT_TRUE(sim.block_on(array_control(v)->start_scrub(ArrayControl::Scrub::kCheck)));
-    sim.block_on(array_control(v)->wait_idle());
-    ASSERT_EQ(array_status(v).mismatch_blocks, 0u) << "cut at " << at;
+  bool whole = true;
+  for (auto& set : opened->sets) whole &= array_status(*set).state != "degraded";
+  degraded += !whole;
+  Volume& v = *opened->top;
+  ASSERT_NO_FATAL_FAILURE(check_contents(sim, v, client, at, lost, "at once"));
+  opened->idle(sim);
+  ASSERT_NO_FATAL_FAILURE(check_contents(sim, v, client, at, lost, "after recovery"));
+  for (auto& set : opened->sets) {
+    if (array_status(*set).state == "degraded") continue;
+    ASSERT_TRUE(sim.block_on(array_control(*set)->start_scrub(ArrayControl::Scrub::kCheck)));
+    sim.block_on(array_control(*set)->wait_idle());
+    ASSERT_EQ(array_status(*set).mismatch_blocks, 0u) << "cut at " << at;
   }
   ASSERT_TRUE(sim.block_on(v.close()));
 }
@@ -248,54 +329,77 @@ void PowerCut::run(uint64_t seed) {
   Trace trace(seed);
   std::mt19937_64 random(seed * 7919);
   std::vector<VolumePtr> members;
-  std::vector<std::shared_ptr<RecordingVolume>> disks;
-  for (size_t i = 0; i < setup.disks; ++i) {
-    disks.push_back(std::make_shared<RecordingVolume>(fmt::format("d{}", i), kMember, i, &trace));
-    members.push_back(disks.back());
+  std::vector<std::shared_ptr<RecordingVolume>> recorders;
+  for (size_t i = 0; i < disks(); ++i) {
+    recorders.push_back(std::make_shared<RecordingVolume>(fmt::format("d{}", i), kMember, i, &trace));
+    members.push_back(recorders.back());
   }
   CreateOptions create;
   create.assume_clean = true;
-  auto plan = sim.block_on(create_array(spec(members), create));
-  ASSERT_TRUE(plan) << plan.error().message();
-  VolumePtr v = sim.block_on(assemble(spec(members))).value();
-  ASSERT_TRUE(sim.block_on(fill_volume(v.get())));
-  ASSERT_TRUE(sim.block_on(v->close()));
-  v.reset();
+  for (size_t i = 0; i < sets(); ++i) {
+    auto plan = sim.block_on(create_array(spec(i, members), create));
+    ASSERT_TRUE(plan) << plan.error().message();
+  }
+  auto made = open(sim, members);
+  ASSERT_TRUE(made) << made.error().message();
+  ASSERT_TRUE(sim.block_on(fill_volume(made->top.get())));
+  ASSERT_TRUE(sim.block_on(made->top->close()));
   std::vector<std::vector<std::byte>> base;
-  for (auto& d : disks) base.push_back(d->bytes());
+  for (auto& d : recorders) base.push_back(d->bytes());
 
   trace.recording = true;
   Client client{&trace, nullptr, {}, {}};
-  v = sim.block_on(assemble(spec(members))).value();
+  made = open(sim, members);
+  VolumePtr v = made->top;
   client.volume = v.get();
-  Status s = sim.block_on(load(&client, setup.writes, &random, v->size() / kBlock, 4));
+  const uint64_t blocks = v->size() / kBlock;
+  dead = SIZE_MAX;
+  Status s = sim.block_on(load(&client, setup.dies ? setup.writes / 2 : setup.writes, &random, blocks, 4));
   ASSERT_TRUE(s) << s.error().message();
+  if (setup.dies) {
+    dead = random() % disks();
+    recorders[dead]->die();
+    s = sim.block_on(load(&client, setup.writes, &random, blocks, 4));
+    ASSERT_TRUE(s) << s.error().message();
+  }
   // Long enough for the bitmap's daemon and the mark of a clean array, then a little more load over it.
   auto pause = []() -> Task<void> { co_await Reactor::current().sleep_for(16'000'000'000ull); };
   sim.block_on(pause());
   client.writes.push_back(ClientWrite{3, 5, false, 0, UINT64_MAX});
   ASSERT_TRUE(sim.block_on(client.write(client.writes.size() - 1)));
-  ASSERT_TRUE(sim.block_on(v->close()));
+  s = sim.block_on(v->close());
+  ASSERT_TRUE(s || setup.dies) << s.error().message();
   v.reset();
+  made = Opened{};
   trace.recording = false;
 
   std::vector<std::vector<std::byte>> image;
   for (uint64_t at = 1; at <= trace.clock && !HasFatalFailure(); ++at) {
-    const Cut cut(trace, at, setup.disks);
-    // All combinations for a few writes in the air, samples beyond; torn ones among them.
+    const Cut cut(trace, at, disks());
+    // All combinations for a few writes in the air, whole and without each of the members; samples beyond, torn ones
+    // among them.
     const bool all = cut.possible() <= 3;
     const uint64_t n = all ? 1ull << cut.possible() : 5;
     for (uint64_t k = 0; k < n && !HasFatalFailure(); ++k) {
-      cut.image(
-          base, &image,
-          [&](size_t i) -> int {
-            if (all) return static_cast<int>(k >> i & 1);
-            if (k == 0) return 0;
-            if (k == 1) return 1;
-            return static_cast<int>(random() % 3);
-          },
-          random);
-      check(sim, client, at, image, random() % 2 == 0 ? SIZE_MAX : random() % setup.disks);
+      const auto take = [&](size_t gone) {
+        cut.image(
+            base, &image,
+            [&](size_t i) -> int {
+              if (all) return static_cast<int>(k >> i & 1);
+              if (k == 0) return 0;
+              if (k == 1) return 1;
+              return static_cast<int>(random() % 3);
+            },
+            random);
+        check(sim, client, at, image, gone, random);
+      };
+      if (setup.dies) {
+        take(random() % 3 == 0 ? dead : SIZE_MAX);
+      } else if (all && k == 0) {
+        for (size_t gone = 0; gone <= disks() && !HasFatalFailure(); ++gone) take(gone < disks() ? gone : SIZE_MAX);
+      } else {
+        take(random() % 2 == 0 ? SIZE_MAX : random() % disks());
+      }
     }
   }
 }
@@ -309,16 +413,23 @@ TEST_P(PowerCut, no_flushed_block_is_lost_at_any_moment) {
     run(seed);
   }
   RecordProperty("images", static_cast<int>(images));
-  std::printf("  %s%zu %s: %llu states opened, %llu of them degraded, %llu refused\n", GetParam().layer, GetParam().disks,
-              GetParam().consistency, static_cast<unsigned long long>(images), static_cast<unsigned long long>(degraded),
-              static_cast<unsigned long long>(refused));
+  std::ostringstream name;
+  PrintTo(GetParam(), &name);
+  fmt::print("  {}: {} states, {} opened degraded, {} refused, {} recoveries interrupted\n", name.str(), images, degraded,
+             refused, interrupted);
   EXPECT_GT(images, 100u);
 }
 
 INSTANTIATE_TEST_SUITE_P(Arrays, PowerCut,
                          ::testing::Values(Shape{"mirror", "bitmap", 2, 20}, Shape{"mirror", "resync", 3, 15},
                                            Shape{"raid5", "ppl", 4, 20}, Shape{"raid5", "ppl", 3, 20},
-                                           Shape{"raid5", "bitmap", 4, 15}, Shape{"raid5", "resync", 3, 12}),
+                                           Shape{"raid5", "bitmap", 4, 15}, Shape{"raid5", "resync", 3, 12},
+                                           Shape{"mirror", "bitmap", 2, 16, true}, Shape{"mirror", "resync", 3, 12, true},
+                                           Shape{"raid5", "ppl", 4, 10, true}, Shape{"raid5", "bitmap", 3, 12, true},
+                                           Shape{"mirror", "bitmap", 2, 8, false, "stripe"},
+                                           Shape{"raid5", "ppl", 3, 6, false, "stripe"},
+                                           Shape{"raid5", "bitmap", 3, 5, false, "linear"},
+                                           Shape{"raid5", "ppl", 3, 6, true, "linear"}),
                          [](const auto& test) {
                            std::ostringstream os;
                            PrintTo(test.param, &os);

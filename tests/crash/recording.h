@@ -44,14 +44,18 @@ class RecordingVolume final : public Volume {
       : Volume(std::move(name), size, Geometry{}), bytes_(size), disk_(disk), trace_(trace) {}
   std::string_view layer() const override { return "recording"; }
   std::vector<std::byte>& bytes() { return bytes_; }
+  // From now on every request fails; what was written stays.
+  void die() { dead_ = true; }
 
  protected:
   Task<Status> do_read(IoContext, uint64_t offset, Iov iov) override {
     co_await delay();
+    if (dead_) co_return fail(ErrorKind::kIo, "dead");
     copy_to_iov(iov, 0, bytes_.data() + offset, iov_length(iov));
     co_return Status{};
   }
   Task<Status> do_write(IoContext ctx, uint64_t offset, Iov iov) override {
+    if (dead_) co_return fail(ErrorKind::kIo, "dead");
     auto own = std::make_unique<Event>();
     Event* e = own.get();
     e->kind = Event::Kind::kWrite;
@@ -68,6 +72,7 @@ class RecordingVolume final : public Volume {
     co_return Status{};
   }
   Task<Status> do_flush(IoContext) override {
+    if (dead_) co_return fail(ErrorKind::kIo, "dead");
     auto own = std::make_unique<Event>();
     Event* e = own.get();
     e->kind = Event::Kind::kFlush;
@@ -84,6 +89,7 @@ class RecordingVolume final : public Volume {
   std::vector<std::byte> bytes_;
   size_t disk_;
   Trace* trace_;
+  bool dead_ = false;
 };
 
 // What is on the disks after a cut at `at`, starting from `base`.

@@ -3,9 +3,9 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <mutex>
 #include <utility>
 
+#include "src/io/sync.h"
 #include "src/volume/scatter.h"
 
 namespace spillway {
@@ -43,47 +43,38 @@ Geometry linear_geometry(const std::vector<VolumePtr>& members) {
 
 class Linear final : public LinearVolume {
  public:
-  Linear(std::string name, std::unique_ptr<Table> table)
-      : LinearVolume(std::move(name), table->ends.back(), linear_geometry(table->members)) {
+  Linear(std::string name, std::unique_ptr<Table> table, Adopt adopt)
+      : LinearVolume(std::move(name), table->ends.back(), linear_geometry(table->members)), adopt_(std::move(adopt)) {
     publish(std::move(table));
   }
 
   std::string_view layer() const override { return "linear"; }
   std::vector<VolumePtr> members() const override { return table().members; }
   std::string to_text() const override {
-    std::string s = fmt::format("members: {}\nmetadata: none\n", table().members.size());
+    std::string s = fmt::format("members: {}\nmetadata: {}\n", table().members.size(), adopt_ ? "md 1.2" : "none");
     for (size_t i = 0; i < table().members.size(); ++i)
       s += fmt::format("region {}: {} at {}\n", i, table().members[i]->name(), table().start(i));
     return s;
   }
 
   Task<Status> append(VolumePtr member) override {
-    const Geometry& g = member->geometry();
-    if (g.block_size > geometry().block_size)
-      return Task<Status>::ready(fail(ErrorKind::kInvalid,
-                                      fmt::format("volume {}: member {}: blocks of {}, the volume's are {}", name(),
-                                                  member->name(), g.block_size, geometry().block_size)));
-    if (!is_aligned(member->size(), geometry().block_size) || member->size() == 0)
-      return Task<Status>::ready(fail(ErrorKind::kInvalid,
-                                      fmt::format("volume {}: member {}: size {} is no multiple of {}", name(),
-                                                  member->name(), member->size(), geometry().block_size)));
-    if (g.read_only != geometry().read_only || (g.discard_granularity == 0 && geometry().discard_granularity != 0))
-      return Task<Status>::ready(fail(
-          ErrorKind::kInvalid, fmt::format("volume {}: member {}: {}, unlike the others", name(), member->name(),
-                                           g.read_only != geometry().read_only ? "read-only" : "cannot discard")));
-    std::unique_lock lock(mutex_);
-    for (const VolumePtr& m : table().members)
-      if (m == member)
-        return Task<Status>::ready(
-            fail(ErrorKind::kExists, fmt::format("volume {}: {} is a member already", name(), member->name())));
-    auto next = std::make_unique<Table>(table());
-    next->ends.push_back(next->ends.back() + member->size());
-    next->members.push_back(std::move(member));
-    const uint64_t grown = next->ends.back();
-    publish(std::move(next));
-    lock.unlock();
-    set_size(grown);
-    return Task<Status>::ready();
+    co_await growth_.lock();
+    Status s = check_appendable(*member);
+    if (s && adopt_) {
+      auto area = co_await adopt_(member);
+      if (area) member = std::move(*area);
+      else s = fail(std::move(area).error());
+    }
+    if (s) {
+      auto next = std::make_unique<Table>(table());
+      next->ends.push_back(next->ends.back() + member->size());
+      next->members.push_back(std::move(member));
+      const uint64_t grown = next->ends.back();
+      publish(std::move(next));
+      set_size(grown);
+    }
+    growth_.unlock();
+    co_return s;
   }
 
  protected:
@@ -124,23 +115,43 @@ class Linear final : public LinearVolume {
   }
   // Grows the last member, and with it the volume.
   Task<Status> do_resize(uint64_t new_size) override {
+    if (adopt_)
+      co_return fail(ErrorKind::kUnsupported, fmt::format("volume {}: an md array grows by whole members", name()));
+    co_await growth_.lock();
     VolumePtr last = table().members.back();
     const uint64_t start = table().start(table().members.size() - 1);
-    Status s = co_await last->resize(new_size - start);
-    if (!s) co_return s;
-    {
-      std::lock_guard lock(mutex_);
+    Status s = new_size > start ? co_await last->resize(new_size - start)
+                                : fail(ErrorKind::kInvalid, fmt::format("volume {}: resize to {}", name(), new_size));
+    if (s) {
       auto next = std::make_unique<Table>(table());
-      if (next->members.back() != last)
-        co_return fail(ErrorKind::kBusy, fmt::format("volume {}: grew while it was resized", name()));
       next->ends.back() = new_size;
       publish(std::move(next));
+      set_size(new_size);
     }
-    set_size(new_size);
-    co_return Status{};
+    growth_.unlock();
+    co_return s;
   }
 
  private:
+  Status check_appendable(const Volume& member) const {
+    const Geometry& g = member.geometry();
+    const auto no = [&](ErrorKind kind, const std::string& why) {
+      return fail(kind, fmt::format("volume {}: member {}: {}", name(), member.name(), why));
+    };
+    if (g.block_size > geometry().block_size)
+      return no(ErrorKind::kInvalid, fmt::format("blocks of {}, the volume's are {}", g.block_size, geometry().block_size));
+    if (!is_aligned(member.size(), geometry().block_size) || member.size() == 0)
+      return no(ErrorKind::kInvalid, fmt::format("size {} is no multiple of {}", member.size(), geometry().block_size));
+    if (g.read_only != geometry().read_only) return no(ErrorKind::kInvalid, "read-only, unlike the others");
+    if (g.discard_granularity == 0 && geometry().discard_granularity != 0)
+      return no(ErrorKind::kInvalid, "cannot discard, unlike the others");
+    for (const VolumePtr& m : table().members) {  // md's are slices of the disks
+      const auto below = m->members();
+      if (m.get() == &member || (adopt_ && below.size() == 1 && below[0].get() == &member))
+        return no(ErrorKind::kExists, "is a member already");
+    }
+    return {};
+  }
   const Table& table() const { return *table_.load(std::memory_order_acquire); }  // pairs with publish
   void publish(std::unique_ptr<Table> t) {
     table_.store(t.get(), std::memory_order_release);
@@ -159,13 +170,14 @@ class Linear final : public LinearVolume {
   }
 
   std::atomic<const Table*> table_{nullptr};
-  std::mutex mutex_;  // serialises growth
+  const Adopt adopt_;
+  AsyncMutex growth_;
   std::vector<std::unique_ptr<Table>> tables_;
 };
 
 }  // namespace
 
-Result<VolumePtr> make_linear(std::string name, std::vector<VolumePtr> members) {
+Result<VolumePtr> make_linear(std::string name, std::vector<VolumePtr> members, Adopt adopt) {
   if (members.empty()) return fail(ErrorKind::kInvalid, fmt::format("volume {}: linear without members", name));
   auto table = std::make_unique<Table>();
   const uint32_t block = combine_geometry(members).block_size;
@@ -177,7 +189,7 @@ Result<VolumePtr> make_linear(std::string name, std::vector<VolumePtr> members) 
     table->ends.push_back(end += m->size());
   }
   table->members = std::move(members);
-  return std::make_shared<Linear>(std::move(name), std::move(table));
+  return std::make_shared<Linear>(std::move(name), std::move(table), std::move(adopt));
 }
 
 }  // namespace spillway

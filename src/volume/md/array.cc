@@ -78,8 +78,11 @@ RedundantArray::RedundantArray(std::string name, uint64_t size, Geometry geometr
   // These are a member's own, and common_ came from one of them.
   common_.raw.feature_map &= ~(kFeatureRecoveryOffset | kFeatureRecoveryBitmap | kFeatureReplacement);
   slot_names_.resize(t->slots.size());
-  for (size_t i = 0; i < t->slots.size(); ++i)
-    if (t->slots[i]) slot_names_[i] = t->slots[i]->name;
+  for (size_t i = 0; i < t->slots.size(); ++i) {
+    if (!t->slots[i]) continue;
+    slot_names_[i] = t->slots[i]->name;
+    uneven_ |= t->slots[i]->sb.raw.events != common_.raw.events;
+  }
   publish_table(std::move(t));
   if (bitmap_) {
     bitmap_->set_writer([this](uint64_t offset, std::span<const std::byte> bytes, bool fua) {
@@ -237,7 +240,8 @@ bool RedundantArray::note_fault(Member& m, const Error& why) {
   if (m.state.load() == MemberState::kFaulty) return true;
   if (!can_lose(m)) {
     if (!failed_.load())
-      log(LogLevel::kError, "volume", "volume {}: member {}: {}: cannot go on without it", name(), m.name, why.message());
+      LOG_LIMITED(LogLevel::kError, "volume", "volume {}: member {}: {}: cannot go on without it", name(), m.name,
+                  why.message());
     if (unsurvived_fault_is_final()) failed_.store(true, std::memory_order_release);
     return false;
   }
@@ -310,7 +314,18 @@ Task<Status> RedundantArray::write_bitmap(uint64_t offset, std::span<const std::
 }
 
 Task<Status> RedundantArray::write_superblocks() {
+  // A crash in the middle of a round leaves members one event behind, which is allowed; a crash in the middle of the
+  // next would leave them two behind, which is stale. So they catch up before the count goes on.
+  if (uneven_) {
+    Status s = co_await superblock_round();
+    if (!s) co_return s;
+    uneven_ = false;
+  }
   ++common_.raw.events;
+  co_return co_await superblock_round();
+}
+
+Task<Status> RedundantArray::superblock_round() {
   common_.raw.utime = wall_seconds();
   const uint64_t resync = resync_position();
   if (active_.load())
@@ -535,19 +550,23 @@ Task<void> RedundantArray::background() {
     for (const auto& m : table().replacements)
       if (m && m->state.load() == MemberState::kRebuilding) replacement = m;
     if (replacement && co_await promote_replacement()) continue;
+    bool done = true;
     if (resync_position() != kInSync && can_resync()) {
-      co_await run_sync(Sync::kResync, nullptr);
+      done = co_await run_sync(Sync::kResync, nullptr);
     } else if (target) {
-      co_await run_sync(Sync::kRebuild, target);
+      done = co_await run_sync(Sync::kRebuild, target) || target->state.load() == MemberState::kFaulty;
     } else if (co_await assign_spare()) {
       continue;
     } else if (replacement) {
-      co_await run_sync(Sync::kRebuild, replacement);
+      done = co_await run_sync(Sync::kRebuild, replacement) || !is_replacement(replacement) ||
+             table().slots[static_cast<size_t>(replacement->slot)]->state.load() == MemberState::kFaulty;
     } else if (scrub_wanted_.exchange(false)) {
       co_await run_sync(scrub_mode_ == Scrub::kCheck ? Sync::kCheck : Sync::kRepair, nullptr);
     } else {
       break;
     }
+    // What could not be finished, because members the array cannot lose fail, waits for a change that kicks us.
+    if (!done) break;
   }
   operation_.store(-1);
   background_running_.store(false);
@@ -575,7 +594,7 @@ Task<void> RedundantArray::checkpoint(Sync kind, MemberPtr target) {
   co_await settle(Status{});
 }
 
-Task<void> RedundantArray::run_sync(Sync kind, MemberPtr target) {
+Task<bool> RedundantArray::run_sync(Sync kind, MemberPtr target) {
   static constexpr const char* kNames[] = {"resync", "rebuild", "check", "repair"};
   const bool guided = kind == Sync::kResync && bitmap_ != nullptr;
   const bool replacing = kind == Sync::kRebuild && is_replacement(target);
@@ -591,7 +610,7 @@ Task<void> RedundantArray::run_sync(Sync kind, MemberPtr target) {
   scrub_stop_.store(false);
   log(LogLevel::kInfo, "volume", "volume {}: {} from {}", name(), kNames[static_cast<int>(kind)], at);
   bool stopped = false;
-  int failures = 0;
+  int failures = 0, lost_in_a_row = 0;
   while (at < component_size_) {
     if (stopping_.load() || array_failed() || (kind >= Sync::kCheck && scrub_stop_.load()) ||
         (kind == Sync::kRebuild && target->state.load() != MemberState::kRebuilding) ||
@@ -610,7 +629,7 @@ Task<void> RedundantArray::run_sync(Sync kind, MemberPtr target) {
     co_await settle(Status{});
     if (!r) {
       // A member that failed is out by now and the step is done again without it; a sector nobody can read is not.
-      log(LogLevel::kWarn, "volume", "volume {}: {} at {}: {}", name(), kNames[static_cast<int>(kind)], at, r.error().message());
+      LOG_LIMITED(LogLevel::kWarn, "volume", "volume {}: {} at {}: {}", name(), kNames[static_cast<int>(kind)], at, r.error().message());
       if (++failures < 3) continue;
       if (kind == Sync::kRebuild) {
         stopped = true;
@@ -619,8 +638,12 @@ Task<void> RedundantArray::run_sync(Sync kind, MemberPtr target) {
         break;
       }
       failures = 0;
+      if (++lost_in_a_row == 16) {  // not a bad sector here and there
+        stopped = true;
+        break;
+      }
     } else {
-      failures = 0;
+      failures = lost_in_a_row = 0;
       mismatches_.fetch_add(*r, std::memory_order_relaxed);
     }
     at += length;
@@ -644,14 +667,19 @@ Task<void> RedundantArray::run_sync(Sync kind, MemberPtr target) {
       if (home_->now_ns() < due) co_await nap(&background_nap_, std::min(due - home_->now_ns(), kSecond));
     }
   }
+  bool done = !stopped;
   if (kind == Sync::kRebuild) {
-    if (!stopped && replacing) co_await complete_replacement(target);
-    else if (!stopped) co_await complete_rebuild(target);
-    else if (target->state.load() == MemberState::kRebuilding) co_await checkpoint(kind, target);
+    if (!stopped) {
+      Status s = replacing ? co_await complete_replacement(target) : co_await complete_rebuild(target);
+      done = s.has_value();
+    } else if (target->state.load() == MemberState::kRebuilding) {
+      co_await checkpoint(kind, target);
+    }
   } else if (kind == Sync::kResync) {
     if (!stopped) {
       Status s = co_await flush_members(IoContext{.io_class = IoClass::kRebuild});
       if (s) resync_.store(kInSync, std::memory_order_release);
+      done = s.has_value();
     }
     co_await config_.lock();
     co_await write_superblocks();
@@ -659,8 +687,9 @@ Task<void> RedundantArray::run_sync(Sync kind, MemberPtr target) {
     co_await settle(Status{});
     kick_daemon();
   }
-  if (!stopped) log(LogLevel::kInfo, "volume", "volume {}: {} done", name(), kNames[static_cast<int>(kind)]);
+  if (done) log(LogLevel::kInfo, "volume", "volume {}: {} done", name(), kNames[static_cast<int>(kind)]);
   operation_.store(-1);
+  co_return done;
 }
 
 Task<Status> RedundantArray::complete_rebuild(MemberPtr target) {

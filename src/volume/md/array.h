@@ -207,6 +207,7 @@ class RedundantArray : public Volume, public ArrayControl {
   std::vector<MemberPtr> all_members() const;
   MemberPtr find(std::string_view name) const;
   Task<Status> write_superblocks();        // config_ held: one round, events + 1
+  Task<Status> superblock_round();         // config_ held
   Task<Status> activate();
   Task<bool> try_mark_clean();
   Task<Status> write_bitmap(uint64_t offset, std::span<const std::byte> bytes, bool fua);
@@ -218,7 +219,7 @@ class RedundantArray : public Volume, public ArrayControl {
   Task<void> daemon();                     // home reactor
   Task<bool> assign_spare();
   Task<bool> promote_replacement();
-  Task<void> run_sync(Sync kind, MemberPtr target);
+  Task<bool> run_sync(Sync kind, MemberPtr target);  // false: it did not get to its end, and would not at once
   Task<void> checkpoint(Sync kind, MemberPtr target);
   Task<void> nap(IoOp** slot, uint64_t ns);
   void wake_naps();
@@ -246,6 +247,8 @@ class RedundantArray : public Volume, public ArrayControl {
   std::vector<MemberPtr> spares_;
   std::vector<MemberPtr> faulty_;
   std::vector<std::string> slot_names_;
+
+  bool uneven_ = false;                          // guarded by config_: members an event behind, see write_superblocks()
 
   SpinLock fault_lock_;
   std::atomic<uint64_t> noted_{0}, recorded_{0};

@@ -210,6 +210,78 @@ Status check_alignment(const Opening& o, const Candidate& c) {
                                                    o.spec.name, c.name, c.sb->raw.data_offset, block));
 }
 
+uint64_t wall_seconds() {
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count());
+}
+
+// The part of a member that is in a raid0 or linear array.
+Result<VolumePtr> data_area(const std::string& name, VolumePtr disk, const Superblock& sb) {
+  const uint64_t round = sb.raw.chunk_sectors != 0 ? sb.chunk_bytes() : kSectorSize;
+  return make_slice(name, std::move(disk), sb.data_offset_bytes(), align_down(sb.raw.data_size * kSectorSize, round));
+}
+
+// The superblocks of a linear array, for growing it. Under the volume's growth lock.
+struct LinearBlocks {
+  std::string name;
+  std::vector<std::pair<VolumePtr, Superblock>> members;  // by slot, as of the last growth that was finished
+  uint64_t events = 0;                                    // the highest that was written anywhere
+
+  // The new member's superblock first: until it is stable, the old ones describe the array as it was; from then on it is
+  // the freshest, knows all members, and whoever assembles goes by it, however many of the others follow (md allows one
+  // event of difference).
+  Task<Result<VolumePtr>> adopt(VolumePtr disk) {
+    Superblock common = members.front().second;
+    for (const auto& [v, sb] : members) events = std::max(events, sb.raw.events);
+    const uint32_t slot = common.raw.raid_disks, number = static_cast<uint32_t>(common.roles.size() > slot ? slot : common.roles.size());
+    const auto no = [&](ErrorKind kind, const std::string& why) {
+      return fail(kind, fmt::format("volume {}: member {}: {}", name, disk->name(), why));
+    };
+    if (slot >= kMaxDev) co_return no(ErrorKind::kNoSpace, "the superblock has no room for another member");
+    if (number == common.roles.size()) common.roles.push_back(kRoleSpare);
+    if (common.roles[number] < kRoleMax) co_return no(ErrorKind::kUnsupported, "device numbers of the array are not those of its slots");
+    auto old = co_await read_superblock(*disk);
+    if (!old) co_return fail(std::move(old).error());
+    if (disk->geometry().read_only) co_return no(ErrorKind::kReadOnly, "read-only");
+    // Of this array: an attempt that failed half way.
+    if (old->has_value() && (*old)->uuid() != common.uuid()) co_return no(ErrorKind::kExists, "belongs to md array " + format_uuid((*old)->uuid()));
+    common.roles[number] = static_cast<uint16_t>(slot);
+    common.raw.raid_disks = slot + 1;
+    common.raw.events = ++events;
+    common.raw.utime = wall_seconds();
+    Superblock own = common;
+    own.raw.dev_number = number;
+    const Uuid id = random_uuid();
+    std::copy(id.begin(), id.end(), own.raw.device_uuid);
+    own.raw.data_offset = kDataOffset / kSectorSize;
+    own.raw.super_offset = kSuperOffset / kSectorSize;
+    own.raw.bblog_offset = 0;
+    own.raw.bblog_size = 0;
+    own.raw.bblog_shift = 0;
+    own.raw.devflags = 0;
+    own.raw.corrected_reads = 0;
+    const uint64_t round = std::max<uint64_t>(own.chunk_bytes(), std::max<uint64_t>(kSectorSize, disk->geometry().block_size));
+    if (disk->size() < kDataOffset + round) co_return no(ErrorKind::kNoSpace, fmt::format("size {} is too small", disk->size()));
+    own.raw.data_size = align_down(disk->size() - kDataOffset, round) / kSectorSize;
+    auto area = data_area(disk->name(), disk, own);
+    if (!area) co_return area;
+    SPILLWAY_CO_CHECK(co_await write_superblock(*disk, own));
+    auto grown = members;
+    for (auto& [v, next] : grown) {
+      next.roles = common.roles;
+      next.raw.raid_disks = common.raw.raid_disks;
+      next.raw.events = common.raw.events;
+      next.raw.utime = common.raw.utime;
+      // Said even though the array is whole with this superblock as it was: the next event would leave it behind.
+      Status s = co_await write_superblock(*v, next);
+      if (!s) co_return fail(std::move(s).error().with_context(fmt::format("volume {}: half grown", name)));
+    }
+    members = std::move(grown);
+    members.emplace_back(disk, std::move(own));
+    co_return area;
+  }
+};
+
 // raid0 and linear: plain layouts over the data areas.
 Result<VolumePtr> open_plain(Opening& o) {
   const auto& b = o.best.raw;
@@ -219,14 +291,21 @@ Result<VolumePtr> open_plain(Opening& o) {
       return fail(ErrorKind::kNotFound, fmt::format("volume {}: member {} of {} is missing and md {} has no redundancy",
                                                     o.spec.name, i, o.slots.size(), level_name(b.level)));
     SPILLWAY_CHECK(check_alignment(o, *o.slots[i]));
-    const Superblock& sb = *o.slots[i]->sb;
-    const uint64_t round = sb.raw.chunk_sectors != 0 ? sb.chunk_bytes() : kSectorSize;
-    const uint64_t length = align_down(sb.raw.data_size * kSectorSize, round);
-    auto area = make_slice(o.slots[i]->name, o.slots[i]->volume, sb.data_offset_bytes(), length);
+    auto area = data_area(o.slots[i]->name, o.slots[i]->volume, *o.slots[i]->sb);
     if (!area) return area;
     areas.push_back(std::move(*area));
   }
-  if (b.level == kLevelLinear) return make_linear(o.spec.name, std::move(areas));
+  if (b.level == kLevelLinear) {
+    auto blocks = std::make_shared<LinearBlocks>();
+    blocks->name = o.spec.name;
+    // One that a growth did not reach is brought up to date by the next.
+    for (Candidate* c : o.slots) {
+      blocks->members.emplace_back(c->volume, *c->sb);
+      blocks->members.back().second.roles = o.best.roles;
+      blocks->members.back().second.raw.raid_disks = o.best.raw.raid_disks;
+    }
+    return make_linear(o.spec.name, std::move(areas), [blocks](VolumePtr disk) { return blocks->adopt(std::move(disk)); });
+  }
   // Without the layout feature the kernel refuses arrays of several zones; one zone is the same either way.
   uint32_t layout = o.best.has(kFeatureRaid0Layout) ? b.layout : 0;
   bool equal = true;
@@ -539,8 +618,7 @@ Task<Result<CreatePlan>> create(const LayerSpec& spec, std::vector<Candidate> me
   const Uuid uuid = random_uuid();
   std::copy(uuid.begin(), uuid.end(), r.set_uuid);
   std::memcpy(r.set_name, spec.name.data(), std::min(spec.name.size(), sizeof r.set_name - 1));
-  r.ctime = r.utime = static_cast<uint64_t>(
-      std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count());
+  r.ctime = r.utime = wall_seconds();
   r.level = level;
   r.layout = level == kLevelRaid5 ? static_cast<uint32_t>(layout) : level == kLevelStripe ? 2 : 0;
   if (level == kLevelStripe) r.feature_map |= kFeatureRaid0Layout;

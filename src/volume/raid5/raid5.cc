@@ -464,6 +464,15 @@ Task<Status> Raid5::write_locked(IoContext ctx, uint64_t row, uint64_t a, uint64
       batch = *logged;
     }
   }
+  // A row whose log or parity went is written only when the others say so: after a power cut the member would be
+  // believed, and its log, which knows nothing of this write, would call the parity right.
+  if (!faults_recorded()) {
+    s = co_await record_faults();
+    if (!s) {
+      if (batch != 0) logs_[pd]->finish(batch);
+      co_return s;
+    }
+  }
   std::vector<Task<Status>> writes;
   for (uint32_t d = w.d0; d <= w.d1; ++d) {
     const uint32_t disk = disk_of(row, d);
