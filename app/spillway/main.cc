@@ -188,6 +188,30 @@ void volume_status(Cli& c) {
   });
 }
 
+// fail, remove, add, replace, grow: first what would be done, then a question where something is lost, then the thing.
+void volume_member(Cli& c, const std::string& command) {
+  const json plan = call(c, command, json{{"dry_run", true}});
+  if (plan.is_null()) return;
+  const bool joins = plan.contains("lines");
+  const bool destroys = joins ? plan.value("destroys", false) : command == "volume fail";
+  std::string lines;
+  if (joins) for (const auto& line : plan["lines"]) lines += line.get<std::string>() + "\n";
+  else lines = fmt::format("{} {}: can be done\n", command, c.name);
+  if (c.dry_run) {
+    print(c.as_json ? plan.dump(2) + "\n" : lines);
+    return;
+  }
+  if (destroys) {
+    if (joins && !c.as_json) print(lines);
+    if (!c.force && !confirmed(c, fmt::format("volume {}: {}", c.name, joins ? "what is on the disk" : "a member is taken out of use"))) {
+      c.exit_code = kExitFailed;
+      return;
+    }
+  }
+  const json j = call(c, command, json{{"force", destroys}});
+  if (!j.is_null()) print(c.as_json ? j.dump(2) + "\n" : j.value("text", ""));
+}
+
 void top(Cli& c) {
   uint64_t interval = 2, count = UINT64_MAX;
   if (!c.rest.empty()) interval = std::strtoull(c.rest[0].c_str(), nullptr, 10);
@@ -316,14 +340,14 @@ int run(int argc, char** argv) {
       return;
     }
     if (!c.config.empty() && socket) {
-      auto reply = control_call(*socket, "volume scrub", *args);
+      auto reply = control_call(*socket, "status", json::object());
       if (!reply && is_unreachable(reply.error())) {
         c.repair = c.repair || args->value("mode", "") == "repair";
         check();
         return;
       }
     }
-    const json j = call(c, "volume scrub");
+    const json j = call(c, "volume scrub", c.repair ? json{{"mode", "repair"}} : json::object());
     if (!j.is_null()) print(c.as_json ? j.dump(2) + "\n" : j.value("text", ""));
   });
   scrub->add_flag("--repair", c.repair);
@@ -338,18 +362,7 @@ int run(int argc, char** argv) {
          }); });
   for (const char* name : {"fail", "remove", "add", "replace", "grow"}) {
     const std::string command = std::string("volume ") + name;
-    verb(volume, name, "member=DISK (replace: with=DISK)", true, [&c, command] {
-      if ((command == "volume fail" || command == "volume remove") && c.dry_run) {
-        print(command + " " + c.name + ": would be done\n");
-        return;
-      }
-      if (command == "volume fail" && !confirmed(c, fmt::format("volume {}: a member is taken out of use", c.name))) {
-        c.exit_code = kExitFailed;
-        return;
-      }
-      const json j = call(c, command);
-      if (!j.is_null()) print(c.as_json ? j.dump(2) + "\n" : j.value("text", ""));
-    });
+    verb(volume, name, "member=DISK (replace: with=DISK)", true, [&c, command] { volume_member(c, command); });
   }
   verb(volume, "advise", "The mkfs.xfs line that fits the geometry", true, [&] {
     auto print_advice = [&](const std::string& command, const std::string& reason) {

@@ -52,6 +52,12 @@ Result<uint64_t> size_arg(const json& value, const char* key) {
   return fail(ErrorKind::kInvalid, fmt::format("{}: must be a number or a size", key));
 }
 
+bool stands_on(const Volume& v, const VolumePtr& disk) {
+  for (const VolumePtr& m : v.members())
+    if (m == disk || stands_on(*m, disk)) return true;
+  return false;
+}
+
 json array_json(const ArrayStatus& s) {
   json members = json::array();
   for (auto& m : s.members)
@@ -483,6 +489,55 @@ Result<json> Host::group_set(const json& args) {
   return groups_json();
 }
 
+// A disk joins a volume. Nothing that is in use elsewhere does, and nothing that holds something without "force".
+Task<Result<json>> Host::volume_join(const std::string& verb, Volume& volume, const json& args) {
+  const std::string name = volume.name();
+  SPILLWAY_CO_TRY(const std::string member, text_arg(args, "member"));
+  std::string disk_name = member;
+  if (verb == "replace") {
+    SPILLWAY_CO_TRY(disk_name, text_arg(args, "with"));
+  }
+  for (const auto& [other, v] : config_.volumes)
+    if (other != name)
+      for (const auto* list : {&v.members, &v.spares})
+        if (std::find(list->begin(), list->end(), disk_name) != list->end())
+          co_return fail(ErrorKind::kBusy, fmt::format("{} is a member of volume {}", disk_name, other));
+  for (const auto& [other, e] : config_.exports)
+    if (e.volume == disk_name) co_return fail(ErrorKind::kBusy, fmt::format("{} is export {}", disk_name, other));
+  ArrayControl* array = array_control(volume);
+  if (verb != "grow" && array == nullptr)
+    co_return fail(ErrorKind::kUnsupported, fmt::format("volume {}: a {} has no members to manage", name, volume.layer()));
+  SPILLWAY_CO_TRY(VolumePtr disk, co_await graph_->open(disk_name));
+  // What the running volumes say counts more than the file: members come and go.
+  for (const auto& v : graph_->opened())
+    if (v != disk && stands_on(*v, disk))
+      co_return fail(ErrorKind::kExists, v->name() == name ? fmt::format("volume {}: {} is a member already", name, disk_name)
+                                                           : fmt::format("{} is in use by volume {}", disk_name, v->name()));
+  auto plan = co_await plan_join(volume, disk);
+  if (!plan) co_return fail(std::move(plan).error());
+  if (args.value("dry_run", false)) co_return json{{"lines", plan->lines}, {"destroys", plan->destroys}};
+  if (plan->destroys && !args.value("force", false))
+    co_return fail(ErrorKind::kExists, fmt::format("volume {}: {}; --yes does it", name, plan->lines.front()));
+  if (plan->destroys) {
+    if (disk->geometry().read_only) co_return fail(ErrorKind::kReadOnly, fmt::format("{} is read-only", disk_name));
+    Status wiped = co_await wipe_disk(*disk);
+    if (!wiped) co_return fail(std::move(wiped).error());
+  }
+  Status done{};  // (no co_await inside ?: , GCC 12 evaluates both sides)
+  if (verb == "grow") done = co_await grow(volume, disk);
+  else if (verb == "add") done = co_await array->add_member(disk);
+  else done = co_await array->replace_member(member, disk);
+  if (!done) co_return fail(std::move(done).error());
+  json reply = array_json(array_status(volume));
+  const auto& v = config_.volumes.at(name);
+  if (std::find(v.members.begin(), v.members.end(), disk_name) == v.members.end() &&
+      std::find(v.spares.begin(), v.spares.end(), disk_name) == v.spares.end())
+    reply["text"] = reply["text"].get<std::string>() +
+                    fmt::format("  config: put \"{}\" into members of [volume.{}] in {} before the next start\n", disk_name, name,
+                                config_.file);
+  co_return reply;
+}
+
 Task<Result<json>> Host::volume_command(const std::string& verb, const json& args) {
   if (verb == "list") {
     json list = json::array();
@@ -499,13 +554,7 @@ Task<Result<json>> Host::volume_command(const std::string& verb, const json& arg
     auto a = advise_mkfs(*volume, "/dev/vda");
     co_return json{{"command", a.command}, {"reason", a.reason}, {"su", a.su}, {"sw", a.sw}, {"agsize", a.agsize}};
   }
-  if (verb == "grow") {
-    SPILLWAY_CO_TRY(std::string with, text_arg(args, "member"));
-    SPILLWAY_CO_TRY(VolumePtr member, co_await graph_->open(with));
-    Status grown = co_await grow(*volume, member);
-    if (!grown) co_return fail(grown.error());
-    co_return array_json(array_status(*volume));
-  }
+  if (verb == "add" || verb == "replace" || verb == "grow") co_return co_await volume_join(verb, *volume, args);
   ArrayControl* array = array_control(*volume);
   if (array == nullptr)
     co_return fail(ErrorKind::kUnsupported, fmt::format("volume {}: a {} has no members to manage", name,
@@ -519,18 +568,13 @@ Task<Result<json>> Host::volume_command(const std::string& verb, const json& arg
     else co_return fail(ErrorKind::kInvalid, "mode: must be check, repair or stop");
   } else {
     SPILLWAY_CO_TRY(std::string member, text_arg(args, "member"));
-    if (verb == "fail") done = co_await array->fail_member(member);
-    else if (verb == "remove") done = co_await array->remove_member(member);
-    else if (verb == "add") {
-      SPILLWAY_CO_TRY(VolumePtr spare, co_await graph_->open(member));
-      done = co_await array->add_member(spare);
-    } else if (verb == "replace") {
-      SPILLWAY_CO_TRY(std::string with, text_arg(args, "with"));
-      SPILLWAY_CO_TRY(VolumePtr spare, co_await graph_->open(with));
-      done = co_await array->replace_member(member, spare);
-    } else {
-      co_return fail(ErrorKind::kNotFound, fmt::format("there is no command \"volume {}\"", verb));
-    }
+    const bool dry_run = args.value("dry_run", false);
+    if (verb == "fail") {
+      done = array->may_fail(member);
+      if (done && !dry_run) done = co_await array->fail_member(member);
+    } else if (verb == "remove") {
+      if (!dry_run) done = co_await array->remove_member(member);
+    } else co_return fail(ErrorKind::kNotFound, fmt::format("there is no command \"volume {}\"", verb));
   }
   if (!done) co_return fail(done.error());
   co_return array_json(array_status(*volume));

@@ -61,6 +61,7 @@ class Host {
   nlohmann::json groups_json() const;
   Task<Result<nlohmann::json>> volume_command(const std::string& verb, const nlohmann::json& args);
   Result<nlohmann::json> shrinker_command(const std::string& verb, const nlohmann::json& args);
+  Task<Result<nlohmann::json>> volume_join(const std::string& verb, Volume& volume, const nlohmann::json& args);
   Result<nlohmann::json> group_set(const nlohmann::json& args);
 
   const Config config_;

@@ -136,6 +136,39 @@ std::string format_status(const ArrayStatus& s) {
   return t;
 }
 
+Task<Result<JoinPlan>> plan_join(Volume& volume, VolumePtr disk) {
+  JoinPlan plan;
+  auto sb = co_await md::read_superblock(*disk);
+  if (!sb && sb.error().kind() == ErrorKind::kIo) co_return fail(std::move(sb).error());
+  if (!sb) {
+    plan.destroys = true;
+    plan.lines.push_back(fmt::format("{}: carries a superblock, which is lost: {}", disk->name(), sb.error().message()));
+  } else if (*sb && md::format_uuid((*sb)->uuid()) == array_status(volume).uuid) {
+    plan.lines.push_back(fmt::format("{}: was a member of {}; what it holds is out of date", disk->name(), volume.name()));
+  } else if (*sb) {
+    plan.destroys = true;
+    plan.lines.push_back(fmt::format("{}: carries md array {} ({}), which is lost", disk->name(),
+                                     md::format_uuid((*sb)->uuid()), md::level_name((*sb)->raw.level)));
+  } else {
+    auto blank = co_await md::is_blank(*disk);
+    if (!blank) co_return fail(std::move(blank).error());
+    plan.destroys = !*blank;
+    if (!*blank) plan.lines.push_back(fmt::format("{}: holds data, which is lost", disk->name()));
+  }
+  plan.lines.push_back(fmt::format("{}: {} join {} {}", disk->name(), format_size(disk->size()), volume.layer(), volume.name()));
+  co_return plan;
+}
+
+Task<Status> wipe_disk(Volume& disk) {
+  const uint64_t size = disk.size(), block = disk.geometry().block_size;
+  IoContext ctx;
+  ctx.io_class = IoClass::kMetadata;
+  SPILLWAY_CO_CHECK(co_await disk.write_zeroes(ctx, 0, std::min(size, kMiB), false));
+  const uint64_t tail = size > 2 * kMiB ? align_down(size - 128 * kKiB, block) : size;  // versions 0.90 and 1.0
+  if (tail < size) SPILLWAY_CO_CHECK(co_await disk.write_zeroes(ctx, tail, size - tail, false));
+  co_return co_await disk.flush(ctx);
+}
+
 Task<Status> grow(Volume& volume, VolumePtr member) {
   auto* linear = dynamic_cast<LinearVolume*>(&volume);
   if (linear == nullptr)

@@ -55,7 +55,7 @@ Task<Result<CreatePlan>> create_array(const LayerSpec& spec, CreateOptions optio
 
 struct MemberStatus {
   std::string name;
-  std::string state;  // active spare rebuilding faulty missing
+  std::string state;  // active spare rebuilding replacing faulty missing
   int role = -1;      // slot in the array; -1: none
   uint64_t read_errors = 0;       // corrected from redundancy
   uint64_t rebuilt_bytes = 0;     // rebuilding: how far
@@ -75,17 +75,29 @@ struct ArrayStatus {
   std::string advice;                        // what to do next, one line
 };
 
+// What it means for a disk to join a volume (add, replace, grow). Reads its superblock and its first MiB, writes nothing.
+struct JoinPlan {
+  std::vector<std::string> lines;  // what will be done, for a person; first of all what is lost
+  bool destroys = false;           // the disk holds something
+};
+Task<Result<JoinPlan>> plan_join(Volume& volume, VolumePtr disk);
+// Zeroes its first MiB and the other places of md superblocks, so that nothing takes it for a member. Stable when done.
+Task<Status> wipe_disk(Volume& disk);
+
 class ArrayControl {
  public:
   virtual ~ArrayControl() = default;
   virtual ArrayStatus status() const = 0;  // any thread
   // Marks it faulty on the others, durably, and stops using it.
   virtual Task<Status> fail_member(std::string_view member) = 0;
+  // Whether fail_member would be refused, and why.
+  virtual Status may_fail(std::string_view member) const = 0;
   // Forgets a faulty or spare member; kBusy when it is active.
   virtual Task<Status> remove_member(std::string_view member) = 0;
   // Adds a spare; a degraded array starts to rebuild onto it. linear: appends and grows (V5).
   virtual Task<Status> add_member(VolumePtr member) = 0;
-  // Rebuilds `with` while `member` is still in use where possible, else fail + add.
+  // Fills `with` while `member` stays in use, then the two change places and `member` is faulty. Out of use already: as
+  // add_member. kBusy when another replacement of it is under way. Failing `with` calls it off.
   virtual Task<Status> replace_member(std::string_view member, VolumePtr with) = 0;
   enum class Scrub : uint8_t { kCheck, kRepair };
   virtual Task<Status> start_scrub(Scrub mode) = 0;

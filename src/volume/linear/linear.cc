@@ -120,8 +120,8 @@ class Linear final : public LinearVolume {
     co_await growth_.lock();
     VolumePtr last = table().members.back();
     const uint64_t start = table().start(table().members.size() - 1);
-    Status s = new_size > start ? co_await last->resize(new_size - start)
-                                : fail(ErrorKind::kInvalid, fmt::format("volume {}: resize to {}", name(), new_size));
+    Status s = fail(ErrorKind::kInvalid, fmt::format("volume {}: resize to {}", name(), new_size));
+    if (new_size > start) s = co_await last->resize(new_size - start);
     if (s) {
       auto next = std::make_unique<Table>(table());
       next->ends.back() = new_size;

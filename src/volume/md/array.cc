@@ -424,7 +424,7 @@ Task<bool> RedundantArray::try_mark_clean() {
 // --- background work ---
 
 void RedundantArray::kick_background() {
-  if (!background_allowed_ || stopping_.load()) return;
+  if ((!background_allowed_ && !scrub_wanted_.load()) || stopping_.load()) return;
   if (background_running_.exchange(true)) return;
   running_.add();
   if (Reactor::current_or_null() == home_) home_->spawn(background());
@@ -543,30 +543,45 @@ Task<void> RedundantArray::grace() {
 }
 
 Task<void> RedundantArray::background() {
+  // What cannot be finished, because members the array cannot lose fail, waits for a change that kicks us.
   while (!stopping_.load() && !array_failed()) {
     MemberPtr target, replacement;
     for (const auto& m : table().slots)
       if (m && m->state.load() == MemberState::kRebuilding) target = m;
     for (const auto& m : table().replacements)
       if (m && m->state.load() == MemberState::kRebuilding) replacement = m;
-    if (replacement && co_await promote_replacement()) continue;
     bool done = true;
-    if (resync_position() != kInSync && can_resync()) {
-      done = co_await run_sync(Sync::kResync, nullptr);
-    } else if (target) {
-      done = co_await run_sync(Sync::kRebuild, target) || target->state.load() == MemberState::kFaulty;
-    } else if (co_await assign_spare()) {
-      continue;
-    } else if (replacement) {
-      done = co_await run_sync(Sync::kRebuild, replacement) || !is_replacement(replacement) ||
-             table().slots[static_cast<size_t>(replacement->slot)]->state.load() == MemberState::kFaulty;
-    } else if (scrub_wanted_.exchange(false)) {
+    if (background_allowed_) {
+      if (replacement) {
+        const bool promoted = co_await promote_replacement();
+        if (promoted) continue;
+      }
+      if (resync_position() != kInSync && can_resync()) {
+        done = co_await run_sync(Sync::kResync, nullptr);
+        if (!done) break;
+        continue;
+      }
+      if (target) {
+        done = co_await run_sync(Sync::kRebuild, target);
+        if (!done && target->state.load() != MemberState::kFaulty) break;
+        continue;
+      }
+      const bool assigned = co_await assign_spare();
+      if (assigned) continue;
+      if (replacement) {
+        done = co_await run_sync(Sync::kRebuild, replacement);
+        const bool changed = !is_replacement(replacement) ||
+                             table().slots[static_cast<size_t>(replacement->slot)]->state.load() == MemberState::kFaulty;
+        if (!done && !changed) break;
+        continue;
+      }
+    }
+    // Asked for, so also where nothing starts by itself.
+    if (scrub_wanted_.exchange(false)) {
       co_await run_sync(scrub_mode_ == Scrub::kCheck ? Sync::kCheck : Sync::kRepair, nullptr);
     } else {
       break;
     }
-    // What could not be finished, because members the array cannot lose fail, waits for a change that kicks us.
-    if (!done) break;
   }
   operation_.store(-1);
   background_running_.store(false);
@@ -670,7 +685,9 @@ Task<bool> RedundantArray::run_sync(Sync kind, MemberPtr target) {
   bool done = !stopped;
   if (kind == Sync::kRebuild) {
     if (!stopped) {
-      Status s = replacing ? co_await complete_replacement(target) : co_await complete_rebuild(target);
+      Status s{};
+      if (replacing) s = co_await complete_replacement(target);
+      else s = co_await complete_rebuild(target);
       done = s.has_value();
     } else if (target->state.load() == MemberState::kRebuilding) {
       co_await checkpoint(kind, target);
@@ -800,11 +817,20 @@ uint32_t RedundantArray::next_dev_number() const {
   return static_cast<uint32_t>(used.size());
 }
 
+Status RedundantArray::may_fail(std::string_view member) const {
+  const MemberPtr m = find(member);
+  if (!m) return fail(ErrorKind::kNotFound, fmt::format("volume {}: no member {}", name(), member));
+  if (read_only_) return fail(ErrorKind::kReadOnly, fmt::format("volume {}: opened read-only", name()));
+  if (!can_lose(*m))
+    return fail(ErrorKind::kDegraded, fmt::format("volume {}: cannot do without member {}", name(), member));
+  return {};
+}
+
 Task<Status> RedundantArray::fail_member(std::string_view member) {
+  SPILLWAY_CO_CHECK(may_fail(member));
   MemberPtr m = find(member);
-  if (!m) co_return fail(ErrorKind::kNotFound, fmt::format("volume {}: no member {}", name(), member));
   if (m->state.load() == MemberState::kFaulty) co_return Status{};
-  if (!can_lose(*m) || !note_fault(*m, Error(ErrorKind::kCanceled, "told to")))
+  if (!note_fault(*m, Error(ErrorKind::kCanceled, "told to")))
     co_return fail(ErrorKind::kDegraded, fmt::format("volume {}: cannot do without member {}", name(), member));
   co_return co_await record_faults();
 }

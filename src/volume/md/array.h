@@ -130,6 +130,7 @@ class RedundantArray : public Volume, public ArrayControl {
 
   ArrayStatus status() const override;
   Task<Status> fail_member(std::string_view member) override;
+  Status may_fail(std::string_view member) const override;
   Task<Status> remove_member(std::string_view member) override;
   Task<Status> add_member(VolumePtr member) override;
   Task<Status> replace_member(std::string_view member, VolumePtr with) override;

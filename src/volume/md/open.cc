@@ -34,18 +34,6 @@ int layer_level(std::string_view layer) {
   return kLevelRaid5;
 }
 
-Task<Result<bool>> is_blank(Volume& v) {
-  const uint64_t n = std::min(v.size(), kBlankBytes);
-  AlignedBuffer b(n);
-  if (!b) co_return fail(ErrorKind::kNoMemory, v.name());
-  const iovec iov{b.data(), n};
-  Status s = co_await v.read(IoContext{.io_class = IoClass::kMetadata}, 0, Iov(&iov, 1));
-  if (!s) co_return fail(std::move(s).error());
-  for (uint64_t i = 0; i < n; ++i)
-    if (b.data()[i] != std::byte{0}) co_return false;
-  co_return true;
-}
-
 // Writes stay in memory: what a log's replay makes of a dirty degraded array when nothing may be written.
 class Overlay final : public Volume {
  public:
@@ -503,6 +491,18 @@ Task<Result<VolumePtr>> open_redundant(Opening& o) {
 }
 
 }  // namespace
+
+Task<Result<bool>> is_blank(Volume& v) {
+  const uint64_t n = std::min(v.size(), kBlankBytes);
+  AlignedBuffer b(n);
+  if (!b) co_return fail(ErrorKind::kNoMemory, v.name());
+  const iovec iov{b.data(), n};
+  Status s = co_await v.read(IoContext{.io_class = IoClass::kMetadata}, 0, Iov(&iov, 1));
+  if (!s) co_return fail(std::move(s).error());
+  for (uint64_t i = 0; i < n; ++i)
+    if (b.data()[i] != std::byte{0}) co_return false;
+  co_return true;
+}
 
 Task<Result<std::vector<Candidate>>> examine(const LayerSpec& spec) {
   std::vector<Candidate> all;

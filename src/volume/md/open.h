@@ -16,6 +16,8 @@ struct Candidate {
   bool blank = false;  // first MiB is zero
 };
 
+// Whether its first MiB is all zeros.
+Task<Result<bool>> is_blank(Volume& disk);
 // One per member of the spec, then one per spare. Errors: an unreadable or malformed superblock.
 Task<Result<std::vector<Candidate>>> examine(const LayerSpec& spec);
 Task<Result<VolumePtr>> open_array(LayerSpec spec, std::vector<Candidate> members);

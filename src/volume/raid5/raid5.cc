@@ -586,8 +586,9 @@ Task<Result<uint64_t>> Raid5::sync_row(Sync kind, MemberPtr target, uint64_t row
   if (kind == Sync::kRebuild) {
     // A replacement is copied from the member in use, where that can be read; a slot's own target cannot.
     const uint32_t slot = static_cast<uint32_t>(target->slot);
-    Status s = table().slots[slot] == target ? co_await reconstruct(ctx, row, slot, 0, chunk_, computed.data())
-                                             : co_await read_locked(ctx, row, slot, 0, chunk_, computed.data());
+    Status s{};  // (no co_await inside ?: , GCC 12 evaluates both sides)
+    if (table().slots[slot] == target) s = co_await reconstruct(ctx, row, slot, 0, chunk_, computed.data());
+    else s = co_await read_locked(ctx, row, slot, 0, chunk_, computed.data());
     if (!s) co_return fail(std::move(s).error());
     s = co_await member_write(*target, ctx, row * chunk_, computed.data(), chunk_);
     if (!s) {
