@@ -222,10 +222,10 @@ void Cache::forget(const std::string& node_key) {
         if (l == nullptr) break;
         if (ViewChunk* c = l->chunk(s)) {
           for (unsigned i = 0; i < kLeafPages; ++i)
-            if (c->has(i)) {
+            if (const uint8_t state = c->get(i); (state & page_state::kPresent) != 0) {
               list.remove(*c, i);
               ++gone;
-              if (const FrameId f = l->at(i); f != kNoFrame) --impl_->store->frame(f).views;
+              if ((state & page_state::kLoading) == 0) --impl_->store->frame(l->at(i)).views;
             }
           list.remove_chunk(c);
           l->set_chunk(s, nullptr);
@@ -516,9 +516,7 @@ uint64_t Cache::Impl::evict(Tenant& t, ViewList& list, uint64_t n) {
     leaf->lock.lock();  // not dead: it has this chunk
     const uint8_t s = c->get(i);
     if ((s & page_state::kLoading) != 0) {
-      PendingRead* p = leaf->find_pending(&t, i);
-      SPILLWAY_ASSERT(p != nullptr);
-      p->dropped |= uint64_t{1} << (i - p->first);
+      if (PendingRead* p = leaf->find_pending(&t, i)) p->dropped |= uint64_t{1} << (i - p->first);
     } else {
       drop_view(*leaf, i, leaf->at(i), t);
     }

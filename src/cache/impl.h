@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <compare>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -60,7 +61,7 @@ struct DirtySet {
   struct Page {
     uint64_t page;
     FrameId frame;
-    bool operator<(const Page& o) const { return page < o.page; }
+    auto operator<=>(const Page&) const = default;
   };
   Node* node = nullptr;
   Tenant* tenant = nullptr;
@@ -120,7 +121,9 @@ struct Cache::Impl final : reclaim::GroupObserver {
   ~Impl() override;
 
   // Test hooks: each breaks one rule that non-interference rests on (tests/sim must catch it).
-  enum class Mutant : uint8_t { kNone, kUseResidentAtOnce, kEvictFewestViews, kShrinkByUsage, kDiscardDropsOthers };
+  enum class Mutant : uint8_t {
+    kNone, kUseResidentAtOnce, kEvictFewestViews, kShrinkByUsage, kDiscardDropsOthers, kAheadOnLoading
+  };
   Mutant mutant = Mutant::kNone;
 
   CacheOptions options;

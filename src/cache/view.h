@@ -10,6 +10,7 @@
 // page and view) and never touches a list on a hit.
 //
 //   byte: 7 present | 6 loading | 5 main | 4..3 uses since it was queued | 2..0 generation
+//         loading: not there yet; a read is under way, or the last one failed and the next touch begins another
 //         absent and bit 5: ghost, 2..0 its generation;  0: nothing known
 //
 // What protects what: `uses` is raised by hits without a lock (compare-exchange on the word, lost races are lost hints).

@@ -101,8 +101,10 @@ Task<Status> FilterVolume::do_read(IoContext ctx, uint64_t offset, Iov iov) {
     ++pages;
   }
   if (pages != 0) b.tenant->mine().hits.fetch_add(pages, std::memory_order_relaxed);
-  if (marked) [[unlikely]] note_read(b, ctx, offset, length, false);
-  if (done == length) return Task<Status>::ready();
+  if (done == length) {
+    if (marked) [[unlikely]] note_read(b, ctx, offset, length, false);
+    return Task<Status>::ready();
+  }
   return read_slow(b, ctx, offset, iov, done);
 }
 
@@ -115,6 +117,58 @@ void FilterVolume::plan(Binding& b, uint64_t first, uint64_t count, bool ahead, 
     first += n;
     count -= n;
   }
+  Tenant::Counters& mine = b.tenant->mine();
+  if (out.hits != 0) mine.hits.fetch_add(out.hits, std::memory_order_relaxed);
+  if (out.misses != 0) mine.misses.fetch_add(out.misses, std::memory_order_relaxed);
+  if (out.joined != 0) mine.joined.fetch_add(out.joined, std::memory_order_relaxed);
+}
+
+// One more page for the device to read, in the run that is being extended or a new one.
+void FilterVolume::ask(Binding& b, Leaf& leaf, unsigned i, FrameId fresh, PendingRead*& open, Plan& out) {
+  if (open == nullptr || unsigned{open->first} + open->count != i) {
+    open = new PendingRead;
+    open->leaf = &leaf;
+    open->tenant = b.tenant;
+    open->first = static_cast<uint8_t>(i);
+    open->next = leaf.pending;
+    leaf.pending = open;
+    out.own.push_back(open);  // the first reference
+  }
+  c_.store->frame(fresh).refs.store(1, std::memory_order_relaxed);
+  open->frame[i - open->first] = fresh;
+  ++open->count;
+}
+
+// A page that is in the view, under the leaf's lock: its frame, the read that is bringing it, or, where that one failed,
+// a read of our own.
+void FilterVolume::take(Binding& b, Leaf& leaf, ViewChunk& chunk, unsigned i, PendingRead*& open, Plan& out) {
+  using namespace page_state;
+  const uint64_t page = leaf.number * kLeafPages + i;
+  const uint8_t s = chunk.get(i);
+  ++out.hits;
+  chunk.use(i, s);
+  if ((s & kLoading) == 0) {
+    const FrameId f = leaf.at(i);
+    SPILLWAY_ASSERT(f != kNoFrame);
+    c_.store->frame(f).refs.fetch_add(1, std::memory_order_relaxed);  // the index has one: it is not zero
+    out.steps.push_back({Step::Kind::kFrame, page, f, nullptr});
+    return;
+  }
+  PendingRead* p = leaf.find_pending(b.tenant, i);
+  if (p == nullptr) {
+    const FrameId fresh = c_.store->alloc(c_.numa_of(leaf.number));
+    if (fresh == kNoFrame) {
+      c_.shortage.fetch_add(1, std::memory_order_relaxed);
+      out.steps.push_back({Step::Kind::kAround, page, kNoFrame, nullptr});
+      return;
+    }
+    ask(b, leaf, i, fresh, open, out);
+    p = open;
+  } else {
+    ++out.joined;
+  }
+  p->refs.fetch_add(1, std::memory_order_relaxed);
+  out.steps.push_back({Step::Kind::kRead, page, kNoFrame, p});
 }
 
 void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsigned count, bool ahead, Plan& out) {
@@ -122,16 +176,34 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
   Tenant& t = *b.tenant;
   const int numa = c_.numa_of(number);
   ViewList& list = t.lists[static_cast<size_t>(numa)];
+  const unsigned end = first + count;
   unsigned absent = 0;
+  bool leading = false;
   {
     RcuGuard rcu;
     Leaf* l = node_.index.find(number);
     ViewChunk* c = l != nullptr ? l->chunk(b.slot) : nullptr;
-    for (unsigned i = first; i < first + count; ++i) absent += c == nullptr || !c->has(i);
+    leading = c != nullptr && c->has(first) && !ahead;
+  }
+  // Pages of the view that come before the first absent one are used before room is made for that one, as do_read does
+  // with those that need not be waited for: the order of the view must not tell whether a read was over (P3).
+  if (leading) {
+    if (Leaf* leaf = node_.index.lock(number)) {
+      PendingRead* open = nullptr;
+      for (ViewChunk* c = leaf->chunk(b.slot); c != nullptr && first < end && c->has(first); ++first)
+        take(b, *leaf, *c, first, open, out);
+      node_.index.unlock(leaf);
+    }
+    if (first == end) return;
+  }
+  {
+    RcuGuard rcu;
+    Leaf* l = node_.index.find(number);
+    ViewChunk* c = l != nullptr ? l->chunk(b.slot) : nullptr;
+    for (unsigned i = first; i < end; ++i) absent += c == nullptr || !c->has(i);
   }
   const bool room = c_.make_room(t, numa, absent);
   if (!room && ahead) return;
-  uint64_t hits = 0, misses = 0, joined = 0;
   unsigned inserted = 0;
   bool was_empty = false;
   {
@@ -140,44 +212,27 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
     Leaf* leaf = node_.index.lock_or_make(number);
     ViewChunk* chunk = c_.chunk_of(*leaf, b.slot, list);
     PendingRead* open = nullptr;  // the run being extended
-    for (unsigned i = first; i < first + count; ++i) {
+    for (unsigned i = first; i < end; ++i) {
       const uint64_t page = number * kLeafPages + i;
-      const uint8_t s = chunk->get(i);
       const FrameId f = leaf->at(i);
-      if ((s & kPresent) != 0) {
-        open = nullptr;
-        if (ahead) continue;
-        ++hits;
-        if ((s & kLoading) == 0) {
-          SPILLWAY_ASSERT(f != kNoFrame);
-          c_.store->frame(f).refs.fetch_add(1, std::memory_order_relaxed);  // the index has one: it is not zero
-          out.steps.push_back({Step::Kind::kFrame, page, f, nullptr});
-        } else {
-          PendingRead* p = leaf->find_pending(&t, i);
-          SPILLWAY_ASSERT(p != nullptr);
-          p->refs.fetch_add(1, std::memory_order_relaxed);
-          out.steps.push_back({Step::Kind::kRead, page, kNoFrame, p});
-          ++joined;
-        }
-        chunk->use(i, s);
+      if (chunk->has(i)) {
+        if (!ahead) take(b, *leaf, *chunk, i, open, out);
         continue;
       }
       if (!room || inserted == absent) {
-        // No charge for it (or it was evicted just now by a request on another thread): not this time.
-        open = nullptr;
+        // No charge for it (or it was evicted just now to make room): not this time.
         if (!ahead) {
-          ++misses;
+          ++out.misses;
           out.steps.push_back({Step::Kind::kAround, page, kNoFrame, nullptr});
         }
         continue;
       }
       if (f != kNoFrame && (mode_ == CacheMode::kTrusted || c_.mutant == Cache::Impl::Mutant::kUseResidentAtOnce)) {
-        open = nullptr;
         list.insert(*chunk, i, false);
         ++inserted;
         c_.join_view(*leaf, i, f, t);
         if (ahead) continue;
-        ++hits;
+        ++out.hits;
         c_.store->frame(f).refs.fetch_add(1, std::memory_order_relaxed);
         out.steps.push_back({Step::Kind::kFrame, page, f, nullptr});
         continue;
@@ -185,29 +240,17 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
       const FrameId fresh = c_.store->alloc(numa);
       if (fresh == kNoFrame) {
         c_.shortage.fetch_add(1, std::memory_order_relaxed);
-        open = nullptr;
         if (!ahead) {
-          ++misses;
+          ++out.misses;
           out.steps.push_back({Step::Kind::kAround, page, kNoFrame, nullptr});
         }
         continue;
       }
       list.insert(*chunk, i, true);
       ++inserted;
-      if (open == nullptr) {
-        open = new PendingRead;
-        open->leaf = leaf;
-        open->tenant = &t;
-        open->first = static_cast<uint8_t>(i);
-        open->next = leaf->pending;
-        leaf->pending = open;
-        out.own.push_back(open);  // the first reference
-      }
-      c_.store->frame(fresh).refs.store(1, std::memory_order_relaxed);
-      open->frame[i - open->first] = fresh;
-      ++open->count;
+      ask(b, *leaf, i, fresh, open, out);
       if (ahead) continue;
-      ++misses;
+      ++out.misses;
       open->refs.fetch_add(1, std::memory_order_relaxed);
       out.steps.push_back({Step::Kind::kRead, page, kNoFrame, open});
     }
@@ -221,11 +264,7 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
   if (room && inserted < absent) c_.uncharge(t, numa, absent - inserted);
   if (was_empty && inserted != 0) c_.shrinker.set_bit(*t.group, numa);
   c_.note_peak();
-  Tenant::Counters& n = t.mine();
-  if (hits != 0) n.hits.fetch_add(hits, std::memory_order_relaxed);
-  if (misses != 0) n.misses.fetch_add(misses, std::memory_order_relaxed);
-  if (joined != 0) n.joined.fetch_add(joined, std::memory_order_relaxed);
-  if (ahead && inserted != 0) n.read_ahead.fetch_add(inserted, std::memory_order_relaxed);
+  if (ahead && inserted != 0) t.mine().read_ahead.fetch_add(inserted, std::memory_order_relaxed);
 }
 
 void FilterVolume::drop(PendingRead* p) {
@@ -267,38 +306,19 @@ uint64_t FilterVolume::absorb(PendingRead& p, Tenant& t, uint32_t slot, uint64_t
   return again;
 }
 
-// The read is over: what is still loading is taken out of the view, waiters are woken.
-void FilterVolume::end_read(PendingRead& p, Tenant& t, uint32_t slot, bool keep, bool failed) {
-  const int numa = c_.numa_of(p.leaf->number);
-  ViewList& list = t.lists[static_cast<size_t>(numa)];
+// The read is over and waiters are woken. Pages it could not bring stay in the view, loading with no read under way:
+// whoever touches one next asks the device again. So the view never changes when a device answers, only when the
+// tenant asks (P3).
+void FilterVolume::end_read(PendingRead& p, bool failed) {
   Leaf* leaf = p.leaf;
-  unsigned removed = 0;
-  auto unlink = [&] {
-    for (PendingRead** at = &leaf->pending; *at != nullptr; at = &(*at)->next)
-      if (*at == &p) {
-        *at = p.next;
-        break;
-      }
-    p.failed = failed;
-  };
-  if (!keep) {
-    std::lock_guard guard(list.lock);
-    leaf->lock.lock();
-    ViewChunk* chunk = leaf->chunk(slot);
-    for (unsigned k = 0; k < p.count; ++k)
-      if ((p.dropped & bit(k)) == 0 && chunk != nullptr &&
-          (chunk->get(p.first + k) & page_state::kLoading) != 0) {
-        list.remove(*chunk, p.first + k);
-        ++removed;
-      }
-    unlink();
-    node_.index.unlock(leaf);
-  } else {
-    leaf->lock.lock();
-    unlink();
-    node_.index.unlock(leaf);
-  }
-  c_.uncharge(t, numa, removed);
+  leaf->lock.lock();
+  for (PendingRead** at = &leaf->pending; *at != nullptr; at = &(*at)->next)
+    if (*at == &p) {
+      *at = p.next;
+      break;
+    }
+  p.failed = failed;
+  node_.index.unlock(leaf);
   p.done.set();
 }
 
@@ -328,7 +348,7 @@ Task<Status> FilterVolume::read_pages(Binding& b, IoContext ctx, PendingRead* p)
     todo = absorb(*p, *b.tenant, b.slot, todo);
   }
   // Pages that were written under every attempt are served, but not kept.
-  end_read(*p, *b.tenant, b.slot, s.has_value() && todo == 0, !s.has_value());
+  end_read(*p, !s.has_value());
   co_return s;
 }
 
@@ -338,7 +358,8 @@ Task<Status> FilterVolume::read_slow(Binding& b, IoContext ctx, uint64_t offset,
   Plan p;
   p.steps.reserve(last - first + 1);
   plan(b, first, last - first + 1, false, p);
-  note_read(b, ctx, offset, length, true);
+  // A page that is still being read for this tenant is no miss: streams follow the view, not the device.
+  note_read(b, ctx, offset, length, p.misses != 0 || c_.mutant == Cache::Impl::Mutant::kAheadOnLoading);
   Status s{};
   if (p.own.size() == 1) {
     s = co_await read_pages(b, ctx, p.own[0]);
@@ -510,9 +531,7 @@ bool FilterVolume::write_absent(Binding& b, uint64_t page, Iov iov, uint64_t ski
     const uint8_t s = chunk->get(i);
     FrameId f = leaf->at(i);
     if ((s & kLoading) != 0) {
-      PendingRead* p = leaf->find_pending(&t, i);
-      SPILLWAY_ASSERT(p != nullptr);
-      p->dropped |= bit(i - p->first);
+      if (PendingRead* p = leaf->find_pending(&t, i)) p->dropped |= bit(i - p->first);
       chunk->loaded(i);
       chunk->use(i, s);
     } else if ((s & kPresent) == 0) {
@@ -825,9 +844,7 @@ Task<Status> FilterVolume::do_discard(IoContext ctx, uint64_t offset, uint64_t l
         if (chunk != nullptr && chunk->has(i)) {
           // Out of the tenant's own view; nobody else's changes (P4).
           if ((chunk->get(i) & page_state::kLoading) != 0) {
-            PendingRead* p = leaf->find_pending(b.tenant, i);
-            SPILLWAY_ASSERT(p != nullptr);
-            p->dropped |= bit(i - p->first);
+            if (PendingRead* p = leaf->find_pending(b.tenant, i)) p->dropped |= bit(i - p->first);
           } else {
             Frame& fr = c_.store->frame(f);
             if (fr.views == 1) fr.dirty = false;  // nobody else sees it: what was written need not go down

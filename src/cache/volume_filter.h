@@ -75,6 +75,7 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   struct Plan {
     std::vector<Step> steps;
     std::vector<PendingRead*> own;  // to be issued by us, with a reference
+    uint64_t hits = 0, misses = 0, joined = 0;
   };
 
   uint64_t cacheable_pages() const { return size() / kPageSize; }
@@ -88,10 +89,12 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   FrameId hit(Binding& b, uint64_t page);  // with a reference; kNoFrame: not a plain hit
   void plan(Binding& b, uint64_t first, uint64_t count, bool ahead, Plan& out);
   void plan_leaf(Binding& b, uint64_t number, unsigned first, unsigned count, bool ahead, Plan& out);
+  void ask(Binding& b, Leaf& leaf, unsigned i, FrameId fresh, PendingRead*& open, Plan& out);
+  void take(Binding& b, Leaf& leaf, ViewChunk& chunk, unsigned i, PendingRead*& open, Plan& out);
   Task<Status> read_slow(Binding& b, IoContext ctx, uint64_t offset, Iov iov, uint64_t skip);
   Task<Status> read_pages(Binding& b, IoContext ctx, PendingRead* p);
   uint64_t absorb(PendingRead& p, Tenant& t, uint32_t slot, uint64_t todo);
-  void end_read(PendingRead& p, Tenant& t, uint32_t slot, bool keep, bool failed);
+  void end_read(PendingRead& p, bool failed);
   void drop(PendingRead* p);
   void note_read(Binding& b, IoContext ctx, uint64_t offset, uint64_t length, bool missed);
   void start_ahead(Binding& b, IoContext ctx, uint64_t first, uint64_t count);

@@ -114,26 +114,21 @@ static Task<void> write_next(Cache::Impl& c, DirtySet& set, const std::vector<Di
   left.done();
 }
 
-// Everything that was in the set when the round began. set.round is held by the caller.
-Task<Status> Cache::Impl::write_round(DirtySet& set) {
-  Node& node = *set.node;
-  std::shared_ptr<Volume> lower = node.volume();
-  if (lower == nullptr) co_return Status{};  // detached: it stays dirty in the holder's memory
-  std::vector<DirtySet::Page> taken;
-  {
-    std::lock_guard guard(set.lock);
-    taken.swap(set.pages);
-  }
-  if (taken.empty()) co_return Status{};
-  std::sort(taken.begin(), taken.end());
-  std::vector<DirtySet::Page> all, elsewhere;
-  for (auto& p : taken) {
+// Takes from `pages` what is dirty for this round, in disk order; what is under way in a round of another tenant's set
+// goes to `elsewhere`. The rest is clean, or no more.
+static std::vector<DirtySet::Page> take_dirty(Cache::Impl& c, Node& node, std::vector<DirtySet::Page>& pages,
+                                              std::vector<DirtySet::Page>& elsewhere) {
+  std::sort(pages.begin(), pages.end());
+  // A page that is named twice must not meet itself under writeback.
+  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
+  std::vector<DirtySet::Page> all;
+  for (auto& p : pages) {
     Leaf* leaf = node.index.lock(p.page / kLeafPages);
     if (leaf == nullptr) continue;
     if (leaf->at(p.page % kLeafPages) == p.frame) {
-      Frame& fr = store->frame(p.frame);
+      Frame& fr = c.store->frame(p.frame);
       if (fr.writeback) {
-        elsewhere.push_back(p);  // in a round of another tenant's set
+        elsewhere.push_back(p);
       } else if (fr.dirty) {
         fr.dirty = false;
         fr.writeback = true;
@@ -143,8 +138,14 @@ Task<Status> Cache::Impl::write_round(DirtySet& set) {
     }
     node.index.unlock(leaf);
   }
-  // Neighbours together; a batch ends where a stripe does, so that a layer below sees whole ones.
-  const uint64_t stripe = lower->geometry().opt_io;
+  return all;
+}
+
+// Writes what take_dirty took: neighbours together, several batches at once. First error.
+static Task<Status> write_all(Cache::Impl& c, DirtySet& set, const std::vector<DirtySet::Page>& all, Volume& lower) {
+  if (all.empty()) co_return Status{};
+  // A batch ends where a stripe does, so that a layer below sees whole ones.
+  const uint64_t stripe = lower.geometry().opt_io;
   uint64_t batch_max = kBatchBytesMax;
   if (stripe > kPageSize && stripe % kPageSize == 0)
     batch_max = std::max(stripe, kBatchBytesMax / stripe * stripe);
@@ -157,19 +158,42 @@ Task<Status> Cache::Impl::write_round(DirtySet& set) {
     a = b;
   }
   Status first{};
-  if (!batches.empty()) {
-    size_t next = 0;
-    AsyncCounter left;
-    Reactor& reactor = Reactor::current();
-    const size_t lanes = std::min(kBatchesInFlight, batches.size());
-    left.add(lanes);
-    for (size_t k = 0; k < lanes; ++k)
-      reactor.spawn(write_next(*this, set, all, batches, next, *lower, first, left));
-    co_await left.wait_idle();
+  size_t next = 0;
+  AsyncCounter left;
+  const size_t lanes = std::min(kBatchesInFlight, batches.size());
+  left.add(lanes);
+  for (size_t k = 0; k < lanes; ++k)
+    Reactor::current().spawn(write_next(c, set, all, batches, next, lower, first, left));
+  co_await left.wait_idle();
+  co_return first;
+}
+
+// Everything that was in the set when the round began. set.round is held by the caller.
+Task<Status> Cache::Impl::write_round(DirtySet& set) {
+  constexpr int kTurns = 16;
+  Node& node = *set.node;
+  std::shared_ptr<Volume> lower = node.volume();
+  if (lower == nullptr) co_return Status{};  // detached: it stays dirty in the holder's memory
+  std::vector<DirtySet::Page> taken;
+  {
+    std::lock_guard guard(set.lock);
+    taken.swap(set.pages);
   }
-  if (!elsewhere.empty()) {
+  Status first{};
+  for (int turn = 0; !taken.empty(); ++turn) {
+    std::vector<DirtySet::Page> elsewhere;
+    const std::vector<DirtySet::Page> ours = take_dirty(*this, node, taken, elsewhere);
+    Status s = co_await write_all(*this, set, ours, *lower);
+    if (!s && first) first = std::move(s);
+    if (turn == kTurns) {
+      // Others write and flush these pages without end. They are in our set still: a later round sees to them.
+      for (auto& p : elsewhere) set.push(p.page, p.frame);
+      if (first && !elsewhere.empty())
+        first = fail(ErrorKind::kTimeout, fmt::format("cache: node {}: page {} is always being written for another "
+                                                      "tenant", node.key, elsewhere[0].page));
+      break;
+    }
     // Another tenant's round has them; it waits for nothing of ours, so it ends. What it leaves dirty is ours to write.
-    for (auto& p : elsewhere) set.push(p.page, p.frame);
     for (auto& p : elsewhere) {
       for (;;) {
         Leaf* leaf = node.index.lock(p.page / kLeafPages);
@@ -180,8 +204,7 @@ Task<Status> Cache::Impl::write_round(DirtySet& set) {
         co_await Reactor::current().sleep_for(100'000);
       }
     }
-    Status again = co_await write_round(set);
-    if (!again && first) first = std::move(again);
+    taken = std::move(elsewhere);
   }
   punch_if_many();
   co_return first;
