@@ -47,15 +47,19 @@ Result<std::unique_ptr<Cache>> Cache::create(CacheOptions options) {
   return std::unique_ptr<Cache>(new Cache(std::move(impl)));
 }
 
+// Frames of reads under way whose pages their view has let go of already: what all tenants together may have.
+uint64_t Cache::Impl::in_flight_pages() const { return options.max_capacity_bytes / 8 / kPageSize + 8192; }
+
 Result<void> Cache::Impl::start() {
+  constexpr uint64_t kSpareFrames = 8192;  // copies of writes under way, floors of many small tenants
   registry = options.registry;
   numa = options.numa_nodes;
   if (options.dirty_bytes_max == 0) options.dirty_bytes_max = options.capacity_bytes / 4;
   capacity_bytes.store(options.capacity_bytes, std::memory_order_relaxed);
   // Views never hold more than the capacity together, dirty pages without a view at most the dirty limit; the rest is
   // for pages that a view let go of while they were being read. All of it is address space until it is touched.
-  const uint64_t frames = (options.max_capacity_bytes + options.dirty_bytes_max + options.max_capacity_bytes / 8) /
-                              kPageSize + 16384;
+  const uint64_t frames = (options.max_capacity_bytes + options.dirty_bytes_max) / kPageSize + in_flight_pages() +
+                          kSpareFrames;
   auto made = FrameStore::open(options.store, numa, frames);
   if (!made) return fail(std::move(made).error());
   store = std::move(*made);
@@ -319,7 +323,8 @@ void Cache::Impl::recompute() {
   for (auto& g : all)
     if (g->parent() == root.get() && !g->dead()) tops.push_back(g);
   std::unique_lock guard(mutex_);
-  const bool root_used = std::any_of(tenants_.begin(), tenants_.end(),
+  const bool root_used = options.root_is_tenant ||
+                         std::any_of(tenants_.begin(), tenants_.end(),
                                      [](auto& t) { return !t->dead && t->group->is_root(); });
   if (root_used || tops.empty()) tops.push_back(root);
   std::vector<reclaim::Share> in(tops.size());
@@ -327,6 +332,7 @@ void Cache::Impl::recompute() {
   for (size_t i = 0; i < tops.size(); ++i) {
     in[i].limits = tops[i]->limits();
     if (tops[i]->is_root()) in[i].limits = {};
+    in[i].limits.max = std::min(in[i].limits.max, in[i].limits.high);
   }
   const uint64_t capacity = capacity_bytes.load(std::memory_order_relaxed);
   reclaim::entitlements(capacity, in.data(), out.data(), in.size());
@@ -334,16 +340,20 @@ void Cache::Impl::recompute() {
   for (auto& t : tenants_)
     for (size_t i = 0; i < tops.size(); ++i)
       if (tops[i]->serial() == t->serial) {
-        const uint64_t pages = out[i] / kPageSize;
-        const auto dirty = static_cast<uint64_t>(static_cast<double>(dirty_all / kPageSize) *
-                                                 static_cast<double>(out[i]) / static_cast<double>(capacity));
-        t->dirty_max.store(std::max<uint64_t>(dirty, 16), std::memory_order_relaxed);
-        // A group with a limit of its own keeps room for dirty pages that left the view and for charges in stock.
-        uint64_t own = pages;
+        constexpr uint64_t kDirtyMin = 16;
+        uint64_t own = out[i] / kPageSize;
+        auto dirty = static_cast<uint64_t>(static_cast<double>(dirty_all / kPageSize) * static_cast<double>(out[i]) /
+                                           static_cast<double>(capacity));
         if (in[i].limits.max != reclaim::kUnlimited) {
+          // A group with a limit of its own keeps room for dirty pages that left the view.
           const uint64_t max_pages = in[i].limits.max / kPageSize;
-          own = std::min(own, max_pages - std::min(max_pages / 8, dirty));
+          dirty = std::min(std::max(std::min(dirty, max_pages / 8), kDirtyMin), max_pages / 2);
+          own = std::min(own, max_pages - dirty);
         }
+        t->dirty_max.store(std::max(dirty, kDirtyMin), std::memory_order_relaxed);
+        t->in_flight_max.store(std::max<uint64_t>(kLeafPages, static_cast<uint64_t>(
+            static_cast<double>(in_flight_pages()) * static_cast<double>(out[i]) / static_cast<double>(capacity))),
+                               std::memory_order_relaxed);
         t->entitlement.store(own, std::memory_order_relaxed);
         apply_capacity(*t);
       }
@@ -449,7 +459,7 @@ void Cache::Impl::install(Leaf& leaf, unsigned i, FrameId f) {
   Frame& fr = store->frame(f);
   fr.node = static_cast<uint16_t>(leaf.node->slot);
   fr.page = leaf.number * kLeafPages + i;
-  fr.dirty = fr.writeback = fr.unclaimed = fr.counted = fr.orphan = false;
+  fr.dirty = fr.writeback = fr.unclaimed = fr.counted = fr.orphan = fr.suspect = false;
   fr.writers = 0;
   fr.views = 0;
   fr.owner = nullptr;
@@ -549,8 +559,17 @@ ViewChunk* Cache::Impl::chunk_of(Leaf& leaf, uint32_t slot, ViewList& list) {
   return c;
 }
 
-bool Cache::Impl::make_room(Tenant& t, int numa_node, uint64_t n) {
-  if (n == 0) return true;
+FrameId Cache::Impl::frame_for_read(Tenant& t, int numa_node) {
+  if (t.in_flight.load(std::memory_order_relaxed) < t.in_flight_max.load(std::memory_order_relaxed)) {
+    if (const FrameId f = store->alloc(numa_node); f != kNoFrame) return f;
+    shortage.fetch_add(1, std::memory_order_relaxed);
+  }
+  bypassed.fetch_add(1, std::memory_order_relaxed);
+  return kNoFrame;
+}
+
+void Cache::Impl::make_room(Tenant& t, int numa_node, uint64_t n) {
+  if (n == 0) return;
   grow_back(t);
   ViewList& list = t.lists[static_cast<size_t>(numa_node)];
   uint64_t gone = 0;
@@ -560,30 +579,10 @@ bool Cache::Impl::make_room(Tenant& t, int numa_node, uint64_t n) {
     if (want > cap) gone = evict(t, list, std::min(want - cap, list.pages()));
   }
   t.evicted.fetch_add(gone, std::memory_order_relaxed);
-  if (gone >= n) {
-    uncharge(t, numa_node, gone - n);
-    return true;
-  }
-  reclaim::ChargeOptions o;
-  o.node = numa_node;
-  o.may_block = false;
-  for (int attempt = 0; attempt < 4; ++attempt) {
-    if (t.group->try_charge((n - gone) * kPageSize, o)) return true;
-    // The group's own limit: it gives up more of its own.
-    std::lock_guard guard(list.lock);
-    const uint64_t more = evict(t, list, n - gone + 16);
-    if (more == 0) break;
-    t.evicted.fetch_add(more, std::memory_order_relaxed);
-    gone += more;
-    if (gone >= n) break;
-  }
-  if (gone >= n) {
-    uncharge(t, numa_node, gone - n);
-    return true;
-  }
-  uncharge(t, numa_node, gone);
-  bypassed.fetch_add(1, std::memory_order_relaxed);
-  return false;
+  // Without asking: the capacity keeps below the group's limit with room for what else is charged (recompute). A charge
+  // that could fail would evict by what is dirty at this moment, which a disk's load decides (P3).
+  if (gone < n) t.group->charge((n - gone) * kPageSize, numa_node);
+  else uncharge(t, numa_node, gone - n);
 }
 
 uint64_t Cache::Impl::trim(Tenant& t, bool by_host) {

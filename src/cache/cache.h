@@ -52,6 +52,9 @@ struct CacheOptions {
   int numa_nodes = 1;                    // one memfd each; pages are interleaved by 256 KiB
   FdStore* store = nullptr;              // null: frames die with this process (tools, tests)
   reclaim::Registry* registry = nullptr; // required
+  // The root group has a share from the start (an export without a group uses it); else from its first request on, which
+  // changes everybody's share.
+  bool root_is_tenant = false;
   // Where background writeback runs. Required for write-back; null: writes are write-through.
   Reactor* background = nullptr;
   // After pressure lowered the entitlements they grow back by 1/64 in each of these intervals.
@@ -93,7 +96,7 @@ struct CacheStats {
   uint64_t writeback_bytes = 0, writeback_requests = 0, writeback_errors = 0;
   uint64_t merged_resident = 0;        // device reads issued although the page was resident (first access of a tenant)
   uint64_t joined_misses = 0;          // waited for a read that was already under way for the same tenant
-  uint64_t bypassed = 0;               // requests served around the cache for want of a frame or of charge
+  uint64_t bypassed = 0;               // pages served around the cache: own request took the room, or many reads under way
   uint64_t frame_shortage = 0;         // of those: no physical frame (by construction 0)
   std::vector<CacheTenantStats> tenants;
   std::vector<CacheNodeStats> nodes;

@@ -52,6 +52,7 @@ struct Frame {
   bool writeback = false;      // a copy of it is on its way down
   bool unclaimed = false;      // adopted, in nobody's view yet
   bool counted = false;        // in its owner's dirty bytes: from the first write to the end of the last writeback
+  bool suspect = false;        // its last writeback failed: the next goes by itself, not to take good neighbours with it
   bool orphan = false;         // dirty and in no view: charged to its owner until it is written
   uint64_t page = 0;
   struct DirtySet* owner = nullptr;  // whose dirty bytes these are; constant while `counted`

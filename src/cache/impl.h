@@ -41,6 +41,7 @@ struct Tenant {
   std::atomic<uint32_t> scale{kScaleOne};
   std::atomic<uint64_t> scale_time_ns{0};
   std::atomic<uint64_t> dirty{0}, dirty_max{0};  // pages
+  std::atomic<uint64_t> in_flight{0}, in_flight_max{kLeafPages};  // pages: frames of reads under way
   std::atomic<uint64_t> evicted{0}, reclaimed{0};
   Counters counters[kShards];
 
@@ -122,7 +123,8 @@ struct Cache::Impl final : reclaim::GroupObserver {
 
   // Test hooks: each breaks one rule that non-interference rests on (tests/sim must catch it).
   enum class Mutant : uint8_t {
-    kNone, kUseResidentAtOnce, kEvictFewestViews, kShrinkByUsage, kDiscardDropsOthers, kAheadOnLoading
+    kNone, kUseResidentAtOnce, kEvictFewestViews, kShrinkByUsage, kDiscardDropsOthers, kAheadOnLoading,
+    kRoomBeforeUse, kUseAfterWait
   };
   Mutant mutant = Mutant::kNone;
 
@@ -146,6 +148,7 @@ struct Cache::Impl final : reclaim::GroupObserver {
 
   // ---- cache.cc
   Result<void> start();
+  uint64_t in_flight_pages() const;
   Node& node_of(const std::string& key, uint32_t slot, uint64_t pages);  // mutex_ held
   Tenant* tenant_of(GroupId group);
   uint32_t view_slot(Node& n, Tenant& t, DirtySet** set);
@@ -172,12 +175,15 @@ struct Cache::Impl final : reclaim::GroupObserver {
   ViewChunk* chunk_of(Leaf& leaf, uint32_t slot, ViewList& list);           // list, leaf
   void install(Leaf& leaf, unsigned i, FrameId f);                          // leaf; frame private until then
   void join_view(Leaf& leaf, unsigned i, FrameId f, Tenant& t);             // leaf
+  // A frame for a read of the tenant, kNoFrame when it has too many under way already (so that it never is short of
+  // frames because of others). Where there is none the view changes all the same and the data goes around the cache.
+  FrameId frame_for_read(Tenant& t, int numa_node);
   void put(FrameId f) {
     // acq_rel: the last user's accesses happen before the frame's next life.
     if (store->frame(f).refs.fetch_sub(1, std::memory_order_acq_rel) == 1) store->free(f);
   }
-  // Room for n more pages in the tenant's view on `numa_node`: evicts what is over, charges the rest. False: no charge.
-  bool make_room(Tenant& t, int numa_node, uint64_t n);
+  // Room for n more pages in the tenant's view on `numa_node`: evicts what is over its capacity, charges the rest.
+  void make_room(Tenant& t, int numa_node, uint64_t n);
   void uncharge(Tenant& t, int numa_node, uint64_t pages) {
     if (pages != 0) t.group->uncharge(pages * kPageSize, numa_node);
   }
@@ -187,7 +193,7 @@ struct Cache::Impl final : reclaim::GroupObserver {
   // ---- writing into frames (writeback.cc)
   void begin_write(Leaf& leaf, unsigned i, FrameId f);                      // leaf
   void end_write(Leaf& leaf, unsigned i, FrameId f, DirtySet& set);         // leaf; marks dirty
-  Task<Status> write_round(DirtySet& set);                                  // set.round held
+  Task<Status> write_round(DirtySet& set, uint64_t first_page = 0, uint64_t end_page = UINT64_MAX);  // set.round held
   Task<Status> write_batch(DirtySet& set, const DirtySet::Page* pages, size_t n, Volume& lower);
   Task<Status> flush_set(DirtySet& set, Volume& lower, bool flush_lower);
   Task<Status> flush_node(Node& n, DirtySet* own);  // own, or every set when null; then the volume below

@@ -63,6 +63,7 @@ class TestDisk final : public Volume {
     stable_ = data_;
   }
   bool keep_log = true;
+  bool keep_stable = true;  // false: flush does not copy; stable() means nothing
 
  protected:
   Task<Status> do_read(IoContext ctx, uint64_t offset, Iov iov) override {
@@ -86,11 +87,12 @@ class TestDisk final : public Volume {
   }
   Task<Status> do_flush(IoContext ctx) override {
     note('f', 0, 0, ctx);
-    std::vector<std::byte> now = contents();
+    std::vector<std::byte> now;
+    if (keep_stable) now = contents();
     co_await wait();
     std::lock_guard g(mutex_);
     if (bad_flush) co_return fail(ErrorKind::kIo, "test-disk: flush");
-    stable_ = std::move(now);
+    if (keep_stable) stable_ = std::move(now);
     co_return Status{};
   }
   Task<Status> do_discard(IoContext ctx, uint64_t offset, uint64_t length) override {

@@ -137,6 +137,7 @@ void FilterVolume::ask(Binding& b, Leaf& leaf, unsigned i, FrameId fresh, Pendin
   c_.store->frame(fresh).refs.store(1, std::memory_order_relaxed);
   open->frame[i - open->first] = fresh;
   ++open->count;
+  b.tenant->in_flight.fetch_add(1, std::memory_order_relaxed);
 }
 
 // A page that is in the view, under the leaf's lock: its frame, the read that is bringing it, or, where that one failed,
@@ -156,9 +157,8 @@ void FilterVolume::take(Binding& b, Leaf& leaf, ViewChunk& chunk, unsigned i, Pe
   }
   PendingRead* p = leaf.find_pending(b.tenant, i);
   if (p == nullptr) {
-    const FrameId fresh = c_.store->alloc(c_.numa_of(leaf.number));
+    const FrameId fresh = c_.frame_for_read(*b.tenant, c_.numa_of(leaf.number));
     if (fresh == kNoFrame) {
-      c_.shortage.fetch_add(1, std::memory_order_relaxed);
       out.steps.push_back({Step::Kind::kAround, page, kNoFrame, nullptr});
       return;
     }
@@ -183,7 +183,7 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
     RcuGuard rcu;
     Leaf* l = node_.index.find(number);
     ViewChunk* c = l != nullptr ? l->chunk(b.slot) : nullptr;
-    leading = c != nullptr && c->has(first) && !ahead;
+    leading = c != nullptr && c->has(first) && !ahead && c_.mutant != Cache::Impl::Mutant::kRoomBeforeUse;
   }
   // Pages of the view that come before the first absent one are used before room is made for that one, as do_read does
   // with those that need not be waited for: the order of the view must not tell whether a read was over (P3).
@@ -202,8 +202,7 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
     ViewChunk* c = l != nullptr ? l->chunk(b.slot) : nullptr;
     for (unsigned i = first; i < end; ++i) absent += c == nullptr || !c->has(i);
   }
-  const bool room = c_.make_room(t, numa, absent);
-  if (!room && ahead) return;
+  c_.make_room(t, numa, absent);
   unsigned inserted = 0;
   bool was_empty = false;
   {
@@ -219,8 +218,9 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
         if (!ahead) take(b, *leaf, *chunk, i, open, out);
         continue;
       }
-      if (!room || inserted == absent) {
-        // No charge for it (or it was evicted just now to make room): not this time.
+      if (inserted == absent) {
+        // It was evicted just now to make room: not this time.
+        c_.bypassed.fetch_add(1, std::memory_order_relaxed);
         if (!ahead) {
           ++out.misses;
           out.steps.push_back({Step::Kind::kAround, page, kNoFrame, nullptr});
@@ -237,20 +237,16 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
         out.steps.push_back({Step::Kind::kFrame, page, f, nullptr});
         continue;
       }
-      const FrameId fresh = c_.store->alloc(numa);
-      if (fresh == kNoFrame) {
-        c_.shortage.fetch_add(1, std::memory_order_relaxed);
-        if (!ahead) {
-          ++out.misses;
-          out.steps.push_back({Step::Kind::kAround, page, kNoFrame, nullptr});
-        }
-        continue;
-      }
+      const FrameId fresh = c_.frame_for_read(t, numa);
       list.insert(*chunk, i, true);
       ++inserted;
+      if (!ahead) ++out.misses;
+      if (fresh == kNoFrame) {
+        if (!ahead) out.steps.push_back({Step::Kind::kAround, page, kNoFrame, nullptr});
+        continue;
+      }
       ask(b, *leaf, i, fresh, open, out);
       if (ahead) continue;
-      ++out.misses;
       open->refs.fetch_add(1, std::memory_order_relaxed);
       out.steps.push_back({Step::Kind::kRead, page, kNoFrame, open});
     }
@@ -261,7 +257,7 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
     }
     node_.index.unlock(leaf);
   }
-  if (room && inserted < absent) c_.uncharge(t, numa, absent - inserted);
+  if (inserted < absent) c_.uncharge(t, numa, absent - inserted);
   if (was_empty && inserted != 0) c_.shrinker.set_bit(*t.group, numa);
   c_.note_peak();
   if (ahead && inserted != 0) t.mine().read_ahead.fetch_add(inserted, std::memory_order_relaxed);
@@ -270,6 +266,7 @@ void FilterVolume::plan_leaf(Binding& b, uint64_t number, unsigned first, unsign
 void FilterVolume::drop(PendingRead* p) {
   if (p->refs.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   for (unsigned k = 0; k < p->count; ++k) c_.put(p->frame[k]);
+  p->tenant->in_flight.fetch_sub(p->count, std::memory_order_relaxed);
   delete p;
 }
 
@@ -459,8 +456,8 @@ Task<void> FilterVolume::ahead_task(std::shared_ptr<FilterVolume> self, Binding&
 
 // ---- write ---------------------------------------------------------------------------------------------------------
 
-// The page is in the tenant's view and there: written in place.
-bool FilterVolume::write_present(Binding& b, uint64_t page, size_t in, size_t n, Iov iov, uint64_t skip) {
+// The page is in the tenant's view and there: written in place. use: it counts as one, unless admit() counted it.
+bool FilterVolume::write_present(Binding& b, uint64_t page, size_t in, size_t n, Iov iov, uint64_t skip, bool use) {
   using namespace page_state;
   const unsigned i = page % kLeafPages;
   Leaf* leaf = node_.index.lock(page / kLeafPages);
@@ -472,7 +469,7 @@ bool FilterVolume::write_present(Binding& b, uint64_t page, size_t in, size_t n,
     return false;
   }
   const FrameId f = leaf->at(i);
-  chunk->use(i, s);
+  if (use) chunk->use(i, s);
   c_.begin_write(*leaf, i, f);
   leaf->lock.unlock();  // not empty: the frame is there and being written
   frame_from_iov(c_.store->data(f) + in, iov, skip, n);
@@ -483,88 +480,116 @@ bool FilterVolume::write_present(Binding& b, uint64_t page, size_t in, size_t n,
   return true;
 }
 
-PendingRead* FilterVolume::join_pending(Binding& b, uint64_t page) {
-  Leaf* leaf = node_.index.lock(page / kLeafPages);
-  if (leaf == nullptr) return nullptr;
-  const unsigned i = page % kLeafPages;
-  ViewChunk* chunk = leaf->chunk(b.slot);
-  PendingRead* p = nullptr;
-  if (chunk != nullptr && (chunk->get(i) & page_state::kLoading) != 0 && chunk->has(i)) {
-    p = leaf->find_pending(b.tenant, i);
-    if (p != nullptr) p->refs.fetch_add(1, std::memory_order_relaxed);
-  }
-  node_.index.unlock(leaf);
-  return p;
-}
-
-// A whole page that is not in the view: it joins with what the guest writes; nothing is read. False: no room.
-bool FilterVolume::write_absent(Binding& b, uint64_t page, Iov iov, uint64_t skip) {
+// What a write of this page does to the view, when it is issued: a page that is there is used, an absent one joins, with
+// its data still to come. False: it was absent.
+bool FilterVolume::admit(Binding& b, uint64_t page) {
   using namespace page_state;
   Tenant& t = *b.tenant;
   const uint64_t number = page / kLeafPages;
   const unsigned i = page % kLeafPages;
   const int numa = c_.numa_of(number);
   ViewList& list = t.lists[static_cast<size_t>(numa)];
-  bool member = false;  // in the view already, being read: needs no room, whether the read is over or not
+  auto use = [&](ViewChunk* c) {
+    const uint8_t s = c != nullptr ? c->get(i) : uint8_t{0};
+    if ((s & kPresent) != 0) c->use(i, s);
+    return (s & kPresent) != 0;
+  };
   {
     RcuGuard rcu;
-    Leaf* l = node_.index.find(number);
-    ViewChunk* c = l != nullptr ? l->chunk(b.slot) : nullptr;
-    member = c != nullptr && c->has(i);
+    if (Leaf* l = node_.index.find(number); l != nullptr && use(l->chunk(b.slot))) return true;
   }
-  if (!member && !c_.make_room(t, numa, 1)) return false;
-  const FrameId fresh = c_.store->alloc(numa);
-  if (fresh == kNoFrame) {
-    c_.shortage.fetch_add(1, std::memory_order_relaxed);
-    if (!member) c_.uncharge(t, numa, 1);
-    return false;
-  }
-  // Filled before anybody can see it: it held somebody else's data.
-  c_.store->frame(fresh).refs.store(1, std::memory_order_relaxed);
-  frame_from_iov(c_.store->data(fresh), iov, skip, kPageSize);
-  bool was_empty = false, used_charge = false, in_place = false;
+  c_.make_room(t, numa, 1);
+  bool was_empty = false, joined = false;
   {
     std::lock_guard guard(list.lock);
     was_empty = list.pages() == 0;
     Leaf* leaf = node_.index.lock_or_make(number);
     ViewChunk* chunk = c_.chunk_of(*leaf, b.slot, list);
-    const uint8_t s = chunk->get(i);
-    FrameId f = leaf->at(i);
-    if ((s & kLoading) != 0) {
-      if (PendingRead* p = leaf->find_pending(&t, i)) p->dropped |= bit(i - p->first);
-      chunk->loaded(i);
-      chunk->use(i, s);
-    } else if ((s & kPresent) == 0) {
-      list.insert(*chunk, i, false);
-      used_charge = true;
-      // Evicted by another thread since the look above: existing memory, charged without asking.
-      if (member) t.group->charge(kPageSize, numa);
-    } else {
-      chunk->use(i, s);
-    }
-    const bool joins = (s & (kPresent | kLoading)) != kPresent;
-    if (f == kNoFrame) {
-      f = fresh;
-      c_.install(*leaf, i, f);
-    } else {
-      in_place = true;
-    }
-    c_.begin_write(*leaf, i, f);
-    if (joins) c_.join_view(*leaf, i, f, t);
-    leaf->lock.unlock();
-    // `f` cannot change: it is being written. Copying under the list lock keeps eviction from looking in between; it
-    // is one page.
-    if (in_place) frame_copy(c_.store->data(f), c_.store->data(fresh), kPageSize);
-    leaf->lock.lock();
-    c_.end_write(*leaf, i, f, *b.set);
+    joined = !use(chunk);  // else: another request of the tenant was faster, on another thread
+    if (joined) list.insert(*chunk, i, true);
     node_.index.unlock(leaf);
-    c_.put(f);
+  }
+  if (!joined) c_.uncharge(t, numa, 1);
+  if (was_empty && joined) c_.shrinker.set_bit(*t.group, numa);
+  return false;
+}
+
+// Brings a page of the view that is not there yet, for a write of a part of it. True: look again.
+Task<bool> FilterVolume::load(Binding& b, IoContext ctx, uint64_t page) {
+  using namespace page_state;
+  const unsigned i = page % kLeafPages;
+  PendingRead* p = nullptr;
+  Plan own;
+  {
+    Leaf* leaf = node_.index.lock(page / kLeafPages);
+    if (leaf == nullptr) co_return false;
+    ViewChunk* chunk = leaf->chunk(b.slot);
+    if (chunk != nullptr && (chunk->get(i) & (kPresent | kLoading)) == (kPresent | kLoading)) {
+      p = leaf->find_pending(b.tenant, i);
+      if (p != nullptr) {
+        p->refs.fetch_add(1, std::memory_order_relaxed);
+      } else if (const FrameId fresh = c_.frame_for_read(*b.tenant, c_.numa_of(leaf->number)); fresh != kNoFrame) {
+        ask(b, *leaf, i, fresh, p, own);
+      }
+    }
+    node_.index.unlock(leaf);
+  }
+  if (p == nullptr) co_return false;
+  bool good = true;
+  if (!own.own.empty())
+    good = (co_await read_pages(b, ctx, p)).has_value();
+  else if (!p->done.is_set())
+    co_await p->done.wait();
+  drop(p);
+  co_return good;
+}
+
+// A whole page that is in the view, but not there: it comes with what the guest writes; nothing is read. False: the view
+// has let go of it since, or there is no frame.
+bool FilterVolume::fill(Binding& b, uint64_t page, Iov iov, uint64_t skip) {
+  using namespace page_state;
+  Tenant& t = *b.tenant;
+  const uint64_t number = page / kLeafPages;
+  const unsigned i = page % kLeafPages;
+  const FrameId fresh = c_.store->alloc(c_.numa_of(number));
+  if (fresh == kNoFrame) {
+    c_.shortage.fetch_add(1, std::memory_order_relaxed);
+    return false;
+  }
+  // Filled before anybody can see it: it held somebody else's data.
+  c_.store->frame(fresh).refs.store(1, std::memory_order_relaxed);
+  frame_from_iov(c_.store->data(fresh), iov, skip, kPageSize);
+  bool done = false;
+  if (Leaf* leaf = node_.index.lock(number)) {
+    ViewChunk* chunk = leaf->chunk(b.slot);
+    const uint8_t s = chunk != nullptr ? chunk->get(i) : uint8_t{0};
+    if ((s & kPresent) != 0) {
+      FrameId f = leaf->at(i);
+      const bool in_place = f != kNoFrame;
+      if (!in_place) {
+        f = fresh;
+        c_.install(*leaf, i, f);
+      }
+      c_.begin_write(*leaf, i, f);
+      if ((s & kLoading) != 0) {
+        if (PendingRead* p = leaf->find_pending(&t, i)) p->dropped |= bit(i - p->first);
+        c_.join_view(*leaf, i, f, t);
+        chunk->loaded(i);
+      }
+      if (in_place) {
+        leaf->lock.unlock();  // `f` cannot change: it is being written
+        frame_copy(c_.store->data(f), c_.store->data(fresh), kPageSize);
+        leaf->lock.lock();
+      }
+      c_.end_write(*leaf, i, f, *b.set);
+      c_.put(f);
+      done = true;
+    }
+    node_.index.unlock(leaf);
   }
   c_.put(fresh);
-  if (!used_charge && !member) c_.uncharge(t, numa, 1);
-  if (was_empty && used_charge) c_.shrinker.set_bit(*t.group, numa);
   c_.note_peak();
-  return true;
+  return done;
 }
 
 Task<Status> FilterVolume::do_write(IoContext ctx, uint64_t offset, Iov iov) {
@@ -578,7 +603,7 @@ Task<Status> FilterVolume::do_write(IoContext ctx, uint64_t offset, Iov iov) {
     while (done < length) {
       const uint64_t in = (offset + done) % kPageSize;
       const size_t n = std::min<uint64_t>(kPageSize - in, length - done);
-      if (!write_present(b, page_of(offset + done), in, n, iov, done)) break;
+      if (!write_present(b, page_of(offset + done), in, n, iov, done, true)) break;
       done += n;
     }
     if (done == length && !ctx.fua && c_.options.background != nullptr) {
@@ -593,6 +618,15 @@ Task<Status> FilterVolume::do_write(IoContext ctx, uint64_t offset, Iov iov) {
 Task<Status> FilterVolume::write_slow(Binding& b, IoContext ctx, uint64_t offset, Iov iov, uint64_t skip) {
   const uint64_t length = iov_length(iov);
   const bool fua = ctx.fua || c_.options.background == nullptr;
+  // The view first, all of it, before anything suspends; the data after that, as far as the view still wants it.
+  uint64_t misses = 0;
+  for (uint64_t page = page_of(offset + skip); page <= page_of(offset + length - 1); ++page) {
+    const bool part = page * kPageSize < offset || (page + 1) * kPageSize > offset + length;
+    if (admit(b, page) || !part) continue;
+    ++misses;  // the rest of it is read
+    note_read(b, ctx, page * kPageSize, kPageSize, true);
+  }
+  if (misses != 0) b.tenant->mine().misses.fetch_add(misses, std::memory_order_relaxed);
   uint64_t done = skip;
   while (done < length) {
     const uint64_t in = (offset + done) % kPageSize, page = page_of(offset + done);
@@ -601,24 +635,14 @@ Task<Status> FilterVolume::write_slow(Binding& b, IoContext ctx, uint64_t offset
       Status s = co_await throttle(b);
       if (!s) co_return s;
     }
-    bool written = write_present(b, page, in, n, iov, done);
-    // Part of a page that is being read for this tenant: not a read of its own, so that it counts the same either way.
-    while (!written && n != kPageSize) {
-      PendingRead* p = join_pending(b, page);
-      if (p == nullptr) break;
-      if (!p->done.is_set()) co_await p->done.wait();
-      drop(p);
-      written = write_present(b, page, in, n, iov, done);
-    }
-    if (!written && n == kPageSize) written = write_absent(b, page, iov, done);
-    // Part of an absent page: the rest is read first. It may be evicted again before we get to it, a few times.
-    for (int attempt = 0; !written && n != kPageSize && attempt < 4; ++attempt) {
-      AlignedBuffer rest(kPageSize);
-      if (!rest) break;
-      const iovec one{rest.data(), kPageSize};
-      Status s = co_await read_slow(b, ctx, page * kPageSize, Iov(&one, 1), 0);
-      if (!s) break;
-      written = write_present(b, page, in, n, iov, done);
+    constexpr int kAttempts = 4;
+    const bool again_use = c_.mutant == Cache::Impl::Mutant::kUseAfterWait;
+    bool written = write_present(b, page, in, n, iov, done, again_use);
+    if (!written && n == kPageSize) written = fill(b, page, iov, done);
+    for (int attempt = 0; !written && n != kPageSize && attempt < kAttempts; ++attempt) {
+      const bool again = co_await load(b, ctx, page);
+      if (!again) break;
+      written = write_present(b, page, in, n, iov, done, false);
     }
     if (!written) {
       IovSlice part(iov, done, n);
@@ -664,27 +688,23 @@ Task<Status> FilterVolume::throttle(Binding& b) {
       if (!o && s) s = std::move(o);
     }
     if (t.dirty.load(std::memory_order_relaxed) < t.dirty_max.load(std::memory_order_relaxed)) co_return Status{};
-    if (!s) co_return s;
+    if (!s && k > 0) co_return s;  // the second round wrote what had only failed beside a bad page
     co_await Reactor::current().sleep_for(1'000'000);
   }
   co_return fail(ErrorKind::kTimeout, fmt::format("cache: node {}: tenant {} stays at its dirty limit", node_.key,
                                                   t.name));
 }
 
-// Write-through: a flush of the tenant's pages on this node, shared with those who wait for the same. An error counts
-// only when it left something of our own range dirty, or when the flush below failed.
+// Write-through: a flush of the tenant's pages on this node, shared with those who wait for the same. Where it fails for
+// other pages than ours, ours go down by themselves.
 Task<Status> FilterVolume::through(Binding& b, IoContext, uint64_t offset, uint64_t length) {
   Status s = co_await c_.flush_set(*b.set, *lower_, true);
   if (s) co_return s;
-  bool dirty = false;
-  for (uint64_t p = page_of(offset); p <= page_of(offset + length - 1); ++p) {
-    Leaf* leaf = node_.index.lock(p / kLeafPages);
-    if (leaf == nullptr) continue;
-    const FrameId f = leaf->at(p % kLeafPages);
-    dirty |= f != kNoFrame && (c_.store->frame(f).dirty || c_.store->frame(f).writeback);
-    node_.index.unlock(leaf);
+  {
+    auto guard = co_await b.set->round.guard();
+    s = co_await c_.write_round(*b.set, page_of(offset), page_of(offset + length - 1) + 1);
   }
-  if (dirty) co_return s;
+  if (!s) co_return s;
   IoContext ctx;
   ctx.group = b.group;
   co_return co_await lower_->flush(ctx);
@@ -772,29 +792,46 @@ Task<Status> FilterVolume::write_around(IoContext ctx, uint64_t offset, Iov iov)
     if (node_.index.leaves() == 0 || !s) co_return s;
   }
   Binding& b = bind(ctx.group);
-  // Frames get the data first, so that a round that begins now writes the new data; afterwards once more for those that
-  // came meanwhile. They stay dirty: what the device has is theirs or ours, and the round makes it theirs.
-  for (int pass = 0; pass < 2; ++pass) {
-    std::vector<Step> held;
+  // Frames that are there are marked as being written first (also for a successor), get the data when it is below, and
+  // stay dirty: a round may have written older data meanwhile. Where the volume below refuses, they keep what they had,
+  // so that an error is the same whether somebody had the page or not. Afterwards those that came meanwhile.
+  struct Held {
+    uint64_t page;
+    FrameId frame;
+  };
+  std::vector<Held> held;
+  auto begin = [&] {
+    held.clear();
     for_frames(offset, length, [&](Leaf& leaf, unsigned i, FrameId f) {
       c_.begin_write(leaf, i, f);
-      held.push_back({Step::Kind::kFrame, leaf.number * kLeafPages + i, f, nullptr});
+      held.push_back({leaf.number * kLeafPages + i, f});
     });
-    for (Step& h : held) {
+  };
+  auto end = [&](bool written) {
+    for (Held& h : held) {
       const Overlap o = overlap(h.page, offset, length);
-      frame_from_iov(c_.store->data(h.frame) + o.in, iov, o.at, o.n);
+      if (written) frame_from_iov(c_.store->data(h.frame) + o.in, iov, o.at, o.n);
       Leaf* leaf = node_.index.lock(h.page / kLeafPages);
       SPILLWAY_ASSERT(leaf != nullptr);  // a frame with a writer stays
-      c_.end_write(*leaf, h.page % kLeafPages, h.frame, *b.set);
+      const unsigned i = h.page % kLeafPages;
+      if (written) {
+        c_.end_write(*leaf, i, h.frame, *b.set);
+      } else {
+        --c_.store->frame(h.frame).writers;
+        c_.settle(*leaf, i, h.frame);
+      }
       node_.index.unlock(leaf);
       c_.put(h.frame);
     }
     if (!held.empty()) c_.start_ticker();
-    if (pass == 1) break;
-    co_await settle_writeback(offset, length);
-    Status s = co_await lower_->write(ctx, offset, iov);
-    if (!s) co_return s;
-  }
+  };
+  begin();
+  co_await settle_writeback(offset, length);
+  Status s = co_await lower_->write(ctx, offset, iov);
+  end(s.has_value());
+  if (!s) co_return s;
+  begin();
+  end(true);
   co_return Status{};
 }
 
@@ -817,16 +854,55 @@ void FilterVolume::drop_from_all(Leaf& leaf, unsigned i, FrameId f, const Bindin
   }
 }
 
-// Whole pages inside the range; the edges of a discard are left alone, those of write_zeroes are written.
+// Whole pages inside the range; the edges of a discard are left alone, those of write_zeroes are written. They leave the
+// caller's view when it asks, and nobody else's ever (P4); the frames follow once the volume below has discarded.
 Task<Status> FilterVolume::do_discard(IoContext ctx, uint64_t offset, uint64_t length) {
-  Status s = co_await lower_->discard(ctx, offset, length);
-  if (!s) co_return s;
   const uint64_t first = page_of(align_up(offset, kPageSize)), end = page_of(offset + length);
+  if (mode_ != CacheMode::kNone && first < end) leave_view(bind(ctx.group), first, end);
+  Status s = co_await lower_->discard(ctx, offset, length);
+  if (!s) {
+    c_.start_ticker();  // dirty pages that left the view are still to be written
+    co_return s;
+  }
   if (first >= end || node_.index.leaves() == 0) co_return s;
   Binding& b = bind(ctx.group);
-  std::vector<uint64_t> numbers;
-  node_.index.for_each(first / kLeafPages, (end - 1) / kLeafPages, [&](Leaf& l) { numbers.push_back(l.number); });
   bool dirtied = false;
+  node_.index.for_each(first / kLeafPages, (end - 1) / kLeafPages, [&](Leaf& leaf) {
+    for (unsigned i = 0; i < kLeafPages; ++i) {
+      const uint64_t page = leaf.number * kLeafPages + i;
+      if (page < first || page >= end) continue;
+      leaf.mark_stale(i);
+      FrameId f = leaf.at(i);
+      if (f != kNoFrame && c_.mutant == Cache::Impl::Mutant::kDiscardDropsOthers) {
+        drop_from_all(leaf, i, f, b);
+        f = leaf.at(i);
+      }
+      if (f == kNoFrame) continue;
+      Frame& fr = c_.store->frame(f);
+      if (fr.views == 0) {
+        fr.dirty = false;  // nobody sees it: what was written need not go down
+        c_.settle(leaf, i, f);
+      } else {
+        // In a view: it reads as zeros from now on, and zeros go down, so that it stays so.
+        c_.begin_write(leaf, i, f);
+        std::memset(c_.store->data(f), 0, kPageSize);
+        c_.end_write(leaf, i, f, *b.set);
+        c_.put(f);
+        dirtied = true;
+      }
+    }
+  });
+  if (dirtied) c_.start_ticker();
+  c_.punch_if_many();
+  co_return Status{};
+}
+
+// Takes [first, end) out of the caller's view.
+void FilterVolume::leave_view(Binding& b, uint64_t first, uint64_t end) {
+  std::vector<uint64_t> numbers;
+  node_.index.for_each(first / kLeafPages, (end - 1) / kLeafPages, [&](Leaf& l) {
+    if (l.chunk(b.slot) != nullptr) numbers.push_back(l.number);
+  });
   for (uint64_t number : numbers) {
     const int numa = c_.numa_of(number);
     ViewList& list = b.tenant->lists[static_cast<size_t>(numa)];
@@ -835,52 +911,28 @@ Task<Status> FilterVolume::do_discard(IoContext ctx, uint64_t offset, uint64_t l
       std::lock_guard guard(list.lock);
       Leaf* leaf = node_.index.lock(number);
       if (leaf == nullptr) continue;
-      ViewChunk* chunk = leaf->chunk(b.slot);
-      for (unsigned i = 0; i < kLeafPages; ++i) {
-        const uint64_t page = number * kLeafPages + i;
-        if (page < first || page >= end) continue;
-        leaf->mark_stale(i);
-        const FrameId f = leaf->at(i);
-        if (chunk != nullptr && chunk->has(i)) {
-          // Out of the tenant's own view; nobody else's changes (P4).
-          if ((chunk->get(i) & page_state::kLoading) != 0) {
-            if (PendingRead* p = leaf->find_pending(b.tenant, i)) p->dropped |= bit(i - p->first);
-          } else {
-            Frame& fr = c_.store->frame(f);
-            if (fr.views == 1) fr.dirty = false;  // nobody else sees it: what was written need not go down
-            c_.drop_view(*leaf, i, f, *b.tenant);
+      if (ViewChunk* chunk = leaf->chunk(b.slot)) {
+        for (unsigned i = 0; i < kLeafPages; ++i) {
+          const uint64_t page = number * kLeafPages + i;
+          if (page < first || page >= end || !chunk->has(i)) continue;
+          if ((chunk->get(i) & page_state::kLoading) == 0) {
+            c_.drop_view(*leaf, i, leaf->at(i), *b.tenant);
+          } else if (PendingRead* p = leaf->find_pending(b.tenant, i)) {
+            p->dropped |= bit(i - p->first);
           }
           list.remove(*chunk, i);
           ++gone;
         }
-        if (leaf->at(i) != f || f == kNoFrame) continue;
-        Frame& fr = c_.store->frame(f);
-        if (c_.mutant == Cache::Impl::Mutant::kDiscardDropsOthers) drop_from_all(*leaf, i, f, b);
-        if (leaf->at(i) != f) continue;
-        if (fr.views == 0) {
-          fr.dirty = false;
-          c_.settle(*leaf, i, f);
-        } else {
-          // Others have it: it reads as zeros from now on, and zeros go down, so that it stays so.
-          c_.begin_write(*leaf, i, f);
-          std::memset(c_.store->data(f), 0, kPageSize);
-          c_.end_write(*leaf, i, f, *b.set);
-          c_.put(f);
-          dirtied = true;
+        if (chunk->pages == 0) {
+          leaf->set_chunk(b.slot, nullptr);
+          list.remove_chunk(chunk);
+          chunk->retire();
         }
-      }
-      if (chunk != nullptr && chunk->pages == 0) {
-        leaf->set_chunk(b.slot, nullptr);
-        list.remove_chunk(chunk);
-        chunk->retire();
       }
       node_.index.unlock(leaf);
     }
     c_.uncharge(*b.tenant, numa, gone);
   }
-  if (dirtied) c_.start_ticker();
-  c_.punch_if_many();
-  co_return Status{};
 }
 
 Task<Status> FilterVolume::do_write_zeroes(IoContext ctx, uint64_t offset, uint64_t length, bool may_unmap) {

@@ -100,10 +100,11 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   void start_ahead(Binding& b, IoContext ctx, uint64_t first, uint64_t count);
   Task<void> ahead_task(std::shared_ptr<FilterVolume> self, Binding& b, IoContext ctx, std::vector<PendingRead*> own);
 
-  bool write_present(Binding& b, uint64_t page, size_t in, size_t n, Iov iov, uint64_t skip);
+  bool write_present(Binding& b, uint64_t page, size_t in, size_t n, Iov iov, uint64_t skip, bool use);
   Task<Status> write_slow(Binding& b, IoContext ctx, uint64_t offset, Iov iov, uint64_t skip);
-  PendingRead* join_pending(Binding& b, uint64_t page);  // with a reference; null: none under way
-  bool write_absent(Binding& b, uint64_t page, Iov iov, uint64_t skip);
+  bool admit(Binding& b, uint64_t page);
+  Task<bool> load(Binding& b, IoContext ctx, uint64_t page);
+  bool fill(Binding& b, uint64_t page, Iov iov, uint64_t skip);
   Task<Status> throttle(Binding& b);
   Task<Status> through(Binding& b, IoContext ctx, uint64_t offset, uint64_t length);
 
@@ -112,6 +113,7 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   Task<Status> write_around(IoContext ctx, uint64_t offset, Iov iov);
   template <class Fn>
   void for_frames(uint64_t offset, uint64_t length, Fn fn);
+  void leave_view(Binding& b, uint64_t first, uint64_t end);
   void drop_from_all(Leaf& leaf, unsigned i, FrameId f, const Binding& self);
   Task<Status> settle_writeback(uint64_t offset, uint64_t length);
 

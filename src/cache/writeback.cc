@@ -6,10 +6,11 @@
 // A frame is marked dirty in the table before its first byte changes and in memory after its last, so a round that
 // takes it in between writes a mix and writes it again. A round copies a frame before it writes it: what goes to
 // mirrors and parity below does not change under way. One round at a time per (node, tenant); a flush that began before
-// a round did is answered by it (group commit). A failed page stays dirty and is tried again by the next round, so an
-// error reaches every flush that depends on it until the data is down.
+// a round did is answered by it (group commit). A failed page stays dirty and is tried again by the next round,
+// by itself, so an error reaches every flush that depends on it until the data is down, and good neighbours go down.
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include <fmt/core.h>
 
@@ -91,6 +92,7 @@ Task<Status> Cache::Impl::write_batch(DirtySet& set, const DirtySet::Page* pages
     const FrameId f = pages[k].frame;
     Frame& fr = store->frame(f);
     fr.writeback = false;
+    fr.suspect = !s;
     if (!s) {
       // Also when somebody else dirtied it meanwhile: that put it into that tenant's set, and ours is not down.
       fr.dirty = true;
@@ -149,11 +151,15 @@ static Task<Status> write_all(Cache::Impl& c, DirtySet& set, const std::vector<D
   uint64_t batch_max = kBatchBytesMax;
   if (stripe > kPageSize && stripe % kPageSize == 0)
     batch_max = std::max(stripe, kBatchBytesMax / stripe * stripe);
+  // Constant while the page is under writeback, and it is ours.
+  auto suspect = [&](const DirtySet::Page& p) { return c.store->frame(p.frame).suspect; };
   std::vector<std::pair<size_t, size_t>> batches;
   for (size_t a = 0; a < all.size();) {
     const uint64_t end = align_down(all[a].page * kPageSize, batch_max) + batch_max;
     size_t b = a + 1;
-    while (b < all.size() && all[b].page == all[b - 1].page + 1 && all[b].page * kPageSize < end) ++b;
+    while (b < all.size() && all[b].page == all[b - 1].page + 1 && all[b].page * kPageSize < end &&
+           !suspect(all[b - 1]) && !suspect(all[b]))
+      ++b;
     batches.emplace_back(a, b - a);
     a = b;
   }
@@ -168,8 +174,8 @@ static Task<Status> write_all(Cache::Impl& c, DirtySet& set, const std::vector<D
   co_return first;
 }
 
-// Everything that was in the set when the round began. set.round is held by the caller.
-Task<Status> Cache::Impl::write_round(DirtySet& set) {
+// What was in the set for pages [first_page, end_page) when the round began. set.round is held by the caller.
+Task<Status> Cache::Impl::write_round(DirtySet& set, uint64_t first_page, uint64_t end_page) {
   constexpr int kTurns = 16;
   Node& node = *set.node;
   std::shared_ptr<Volume> lower = node.volume();
@@ -177,7 +183,13 @@ Task<Status> Cache::Impl::write_round(DirtySet& set) {
   std::vector<DirtySet::Page> taken;
   {
     std::lock_guard guard(set.lock);
-    taken.swap(set.pages);
+    if (first_page == 0 && end_page == UINT64_MAX) {
+      taken.swap(set.pages);
+    } else {
+      auto in = [&](const DirtySet::Page& p) { return p.page >= first_page && p.page < end_page; };
+      std::copy_if(set.pages.begin(), set.pages.end(), std::back_inserter(taken), in);
+      std::erase_if(set.pages, in);
+    }
   }
   Status first{};
   for (int turn = 0; !taken.empty(); ++turn) {

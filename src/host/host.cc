@@ -148,6 +148,7 @@ Task<Status> Host::build() {
   cache.store = options_.store;
   cache.registry = registry_.get();
   cache.background = &Reactor::current();
+  for (auto& [name, e] : config_.exports) cache.root_is_tenant |= e.group.empty();
   auto made = Cache::create(cache);
   if (!made) co_return fail(config_.host.where.error("size", made.error().message(), made.error().kind()));
   cache_ = std::move(*made);
