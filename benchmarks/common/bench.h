@@ -145,6 +145,13 @@ class Report {
     runs_.push_back(std::move(entry));
   }
 
+  // For the file only: raw values too many to print.
+  void record(const std::string& what, Json fields) {
+    Json entry = {{"name", what}};
+    entry.update(fields);
+    runs_.push_back(std::move(entry));
+  }
+
   // op: one of < <= > >= ==. A value that is not a number fails.
   bool gate(const std::string& what, double value, const std::string& op, double target) {
     const bool ok = op == "<" ? value < target : op == "<=" ? value <= target : op == ">" ? value > target

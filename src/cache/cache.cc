@@ -561,6 +561,7 @@ ViewChunk* Cache::Impl::chunk_of(Leaf& leaf, uint32_t slot, ViewList& list) {
 
 FrameId Cache::Impl::frame_for_read(Tenant& t, int numa_node) {
   if (t.in_flight.load(std::memory_order_relaxed) < t.in_flight_max.load(std::memory_order_relaxed)) {
+    refill_if_few();
     if (const FrameId f = store->alloc(numa_node); f != kNoFrame) return f;
     shortage.fetch_add(1, std::memory_order_relaxed);
   }
@@ -722,6 +723,21 @@ void Cache::Impl::punch_if_many() {
   options.background->post([this, keep] {
     store->punch(keep);
     punching.store(false, std::memory_order_release);
+    background_tasks.done();
+  });
+}
+
+// Misses take frames that are backed already, and the background backs more when they get few: else a miss after a page
+// that another tenant had too (its frame comes back at once) would be faster than one after a page that nobody had, which
+// tells the two apart (./bench leak found it). How far it fills up is random, so that when it does tells little.
+void Cache::Impl::refill_if_few() {
+  const uint64_t low = std::clamp<uint64_t>(capacity_bytes.load(std::memory_order_relaxed) / kPageSize / 64, 8, 256);
+  if (options.background == nullptr || !store->wants_refill(low) || closing.load(std::memory_order_acquire)) return;
+  if (refilling.exchange(true, std::memory_order_acq_rel)) return;
+  background_tasks.add();
+  options.background->post([this, low] {
+    store->refill(2 * low + refill_random() % (2 * low));
+    refilling.store(false, std::memory_order_release);
     background_tasks.done();
   });
 }

@@ -158,8 +158,9 @@ FrameId FrameStore::alloc(int numa) {
   std::lock_guard guard(l.lock);
   FrameId f = kNoFrame;
   if (!l.warm.empty()) {
-    f = l.warm.back();
-    l.warm.pop_back();
+    f = l.warm.front();
+    l.warm.pop_front();
+    l.warm_size.store(l.warm.size(), std::memory_order_relaxed);
   } else if (!l.cold.empty()) {
     f = l.cold.back();
     l.cold.pop_back();
@@ -174,7 +175,42 @@ void FrameStore::free(FrameId f) {
   FreeList& l = free_[f % static_cast<FrameId>(numa_)];
   std::lock_guard guard(l.lock);
   l.warm.push_back(f);
+  l.warm_size.store(l.warm.size(), std::memory_order_relaxed);
   used_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+bool FrameStore::wants_refill(uint64_t low) const {
+  for (int i = 0; i < numa_; ++i)
+    if (free_[static_cast<size_t>(i)].warm_size.load(std::memory_order_relaxed) < low) return true;
+  return false;
+}
+
+void FrameStore::refill(uint64_t target) {
+  for (int i = 0; i < numa_; ++i) {
+    FreeList& l = free_[static_cast<size_t>(i)];
+    std::vector<FrameId> batch;
+    {
+      std::lock_guard guard(l.lock);
+      while (l.warm.size() + batch.size() < target) {
+        if (!l.cold.empty()) {
+          batch.push_back(l.cold.back());
+          l.cold.pop_back();
+        } else if (l.next < l.limit) {
+          batch.push_back(l.next++ * static_cast<FrameId>(numa_) + static_cast<FrameId>(i));
+        } else {
+          break;
+        }
+      }
+    }
+    for (FrameId f : batch) {
+      *reinterpret_cast<volatile std::byte*>(data(f)) = std::byte{0};  // it is nobody's
+      frame_[f].refs.store(0, std::memory_order_relaxed);
+      clear(f);
+    }
+    std::lock_guard guard(l.lock);
+    l.warm.insert(l.warm.end(), batch.begin(), batch.end());
+    l.warm_size.store(l.warm.size(), std::memory_order_relaxed);
+  }
 }
 
 uint64_t FrameStore::warm() const {
@@ -198,8 +234,9 @@ uint64_t FrameStore::punch(uint64_t keep) {
         std::lock_guard guard(l.lock);
         if (l.warm.size() <= keep) break;
         const size_t n = std::min(kBatch, l.warm.size() - static_cast<size_t>(keep));
-        batch.assign(l.warm.begin(), l.warm.begin() + static_cast<ptrdiff_t>(n));  // coldest first
+        batch.assign(l.warm.begin(), l.warm.begin() + static_cast<ptrdiff_t>(n));  // longest free first
         l.warm.erase(l.warm.begin(), l.warm.begin() + static_cast<ptrdiff_t>(n));
+        l.warm_size.store(l.warm.size(), std::memory_order_relaxed);
       }
       std::sort(batch.begin(), batch.end());
       const auto nodes = static_cast<FrameId>(numa_);
@@ -321,6 +358,7 @@ void FrameStore::finish_adoption() {
     // May be backed or not; as `warm` it is given back by the next punch at the latest.
     free_[f % nodes].warm.push_back(f);
   }
+  for (FrameId i = 0; i < nodes; ++i) free_[i].warm_size.store(free_[i].warm.size(), std::memory_order_relaxed);
   for (FrameId i = 0; i < nodes; ++i) free_[i].next = (scan_end_ + nodes - 1 - i) / nodes;
   generation_.store(newest + 1, std::memory_order_relaxed);
 }

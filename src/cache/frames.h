@@ -13,6 +13,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -80,8 +81,13 @@ class FrameStore {
   int numa_nodes() const { return numa_; }
   bool adopted() const { return adopted_; }
 
-  // A frame with refs 0 and undefined contents, or kNoFrame.
+  // A frame with refs 0 and undefined contents, or kNoFrame. The one that has been free for longest: what a miss costs
+  // must not depend on whether the frame of the one before was kept or, another tenant having had the page, given back.
   FrameId alloc(int numa);
+  // Free frames that are backed fell below `low`: a miss would soon wait for the kernel.
+  bool wants_refill(uint64_t low) const;
+  // Backs free frames until `target` of each memfd are. Takes page faults; any thread.
+  void refill(uint64_t target);
   // refs must be 0 and the entry cleared.
   void free(FrameId f);
   // Gives free frames back to the kernel until at most `keep` per memfd stay backed. Blocks for system calls.
@@ -128,7 +134,9 @@ class FrameStore {
  private:
   struct FreeList {
     SpinLock lock;
-    std::vector<FrameId> warm, cold;
+    std::deque<FrameId> warm;   // longest free first
+    std::vector<FrameId> cold;
+    std::atomic<uint64_t> warm_size{0};
     FrameId next = 0;   // never used from here on (local number)
     FrameId limit = 0;
   };

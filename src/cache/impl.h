@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -189,6 +190,7 @@ struct Cache::Impl final : reclaim::GroupObserver {
   }
   void note_peak();
   void punch_if_many();
+  void refill_if_few();
 
   // ---- writing into frames (writeback.cc)
   void begin_write(Leaf& leaf, unsigned i, FrameId f);                      // leaf
@@ -207,8 +209,9 @@ struct Cache::Impl final : reclaim::GroupObserver {
   AsyncCounter background_tasks;
   std::atomic<bool> closing{false};
   std::atomic<bool> ticking{false};
-  std::atomic<bool> punching{false};
+  std::atomic<bool> punching{false}, refilling{false};
   IoAwait* tick_sleep = nullptr;  // background reactor only
+  std::minstd_rand refill_random{std::random_device{}()};  // background reactor only
 };
 
 }  // namespace spillway
