@@ -22,6 +22,7 @@ namespace {
 constexpr unsigned kPollBudget = 64;     // requests taken per round, so that other queues get their turn
 constexpr unsigned kPublishBatch = 8;    // answers per publish while more requests wait: the driver works meanwhile
 constexpr uint64_t kMaxBounce = 16 * kMiB;
+constexpr uint64_t kMaxPiece = 4 * kMiB;  // of one request at a time: a chain may name gigabytes
 
 void bump(std::atomic<uint64_t>& counter, uint64_t by = 1) {
   counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
@@ -335,10 +336,32 @@ void Queue::read_or_write(Request* r) {
   }
   bump(write ? stats_.writes : stats_.reads);
   bump(write ? stats_.write_bytes : stats_.read_bytes, r->length);
-  Task<Status> t = write ? volume_->write(context(), r->offset, r->iov())
-                         : volume_->read(context(), r->offset, r->iov());
+  Task<Status> t = r->length <= kMaxPiece ? transfer(r, r->offset, r->iov()) : in_pieces(r);
   if (t.is_ready()) done(r, take_ready(t));
   else finish(this, r, std::move(t)).handle.resume();
+}
+
+Task<Status> Queue::transfer(Request* r, uint64_t offset, Iov iov) {
+  return r->op == BlkOp::kWrite ? volume_->write(context(), offset, iov) : volume_->read(context(), offset, iov);
+}
+
+// A guest may ask for gigabytes with one request (a thousand descriptors of the same page): neither does it keep the
+// reactor from other queues nor take buffers for all of it at once.
+Task<Status> Queue::in_pieces(Request* r) {
+  struct Yield {
+    Reactor& reactor;
+    bool await_ready() const noexcept { return false; }
+    void await_suspend(std::coroutine_handle<> h) const { reactor.schedule(h); }
+    void await_resume() const noexcept {}
+  };
+  for (uint64_t at = 0; at < r->length; at += kMaxPiece) {
+    const uint64_t now = std::min(kMaxPiece, r->length - at);
+    const IovSlice piece(r->iov(), at, now);
+    Status s = co_await transfer(r, r->offset + at, piece);
+    if (!s) co_return s;
+    co_await Yield{*owner_};
+  }
+  co_return Status{};
 }
 
 void Queue::get_id(Request* r) {
@@ -391,9 +414,14 @@ detail::Detached Queue::through_bounce(Queue* q, uint16_t token) {
   const uint16_t id = guest->id, slots = guest->slots;
   BlockingPool* pool = q->device_.blocking;
   uint32_t written = 0;
+  co_await q->bouncing_.lock();  // one at a time: bounds the memory and the workers that a guest can hold
+  AlignedBuffer in, out;
   if (pool != nullptr && !guest->outside && guest->readable_bytes + guest->writable_bytes <= kMaxBounce &&
       guest->writable_bytes > 0) {
-    AlignedBuffer in(std::max<uint64_t>(guest->readable_bytes, 1)), out(guest->writable_bytes);
+    in = AlignedBuffer(std::max<uint64_t>(guest->readable_bytes, 1));
+    out = AlignedBuffer(guest->writable_bytes);
+  }
+  if (in && out) {
     virtio::Chain* g = guest.get();
     co_await pool->run([g, &in] { copy_from_iov(in.data(), g->in(), 0, g->readable_bytes); });
     virtio::Chain own;
@@ -454,6 +482,7 @@ detail::Detached Queue::through_bounce(Queue* q, uint16_t token) {
                 q->index_);
     bump(q->stats_.errors);
   }
+  q->bouncing_.unlock();  // before complete: with the last answer the queue may go
   q->complete(token, id, slots, written);
 }
 

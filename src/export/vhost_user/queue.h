@@ -116,6 +116,8 @@ class alignas(64) Queue final : public Poller {
   void read_or_write(Request* r);
   void get_id(Request* r);
   static detail::Detached finish(Queue* q, Request* r, Task<Status> task);
+  Task<Status> transfer(Request* r, uint64_t offset, Iov iov);
+  Task<Status> in_pieces(Request* r);
   Task<Status> ranges(Request* r);
   static detail::Detached through_bounce(Queue* q, uint16_t token);
   void done(Request* r, const Status& s);
@@ -154,6 +156,7 @@ class alignas(64) Queue final : public Poller {
   std::coroutine_handle<> kick_waiter_;
   Waiter* stop_waiter_ = nullptr;
   uint64_t requests_made_ = 0;
+  AsyncMutex bouncing_;
   const virtio::GuestMemory* memory_ = nullptr;
   virtio::RingConfig ring_;
   alignas(64) QueueStats stats_;

@@ -339,8 +339,8 @@ Task<void> Session::reset_device(Dirty& dirty) {
     dirty.rings |= 1u << i;
   }
   status_ = 0;
-  wce_ = context_.options.trusted_flush ? 1 : 0;
-  apply_cache_mode();
+  // The cache mode stays as the driver set it. QEMU resets the device for a stop of the machine too, keeps its own copy of the
+  // field and does not set it again: a guest that believes in write-through would never flush. A new driver reads the field.
   dirty.connection = true;
 }
 
@@ -540,6 +540,7 @@ Task<Status> Session::set_config(Incoming& in, Dirty& dirty) {
   if (on > 1) co_return fail(ErrorKind::kInvalid, fmt::format("write cache {}", on));
   wce_ = on;
   apply_cache_mode();
+  keep_cache_mode();
   if (on == 0 && !context_.options.read_only) {  // what was cached until now becomes stable as well
     Status s = co_await context_.options.volume->flush({context_.options.group, IoClass::kForeground, false});
     if (!s) co_return s;
@@ -550,8 +551,39 @@ Task<Status> Session::set_config(Incoming& in, Dirty& dirty) {
 
 // ---- in-flight log --------------------------------------------------------------------------------------------------
 
+namespace {
+
+// Behind the rings' logs, in the last bytes: the cache mode. When holder and worker are both gone QEMU brings the log back, but
+// not what the guest had set.
+struct InflightTail {
+  static constexpr uint64_t kMagic = 0x6c6c697073777763;
+  uint64_t magic;
+  uint8_t wce;
+  uint8_t padding[55];
+};
+static_assert(sizeof(InflightTail) == 64);
+
+}  // namespace
+
+void Session::keep_cache_mode() {
+  if (!inflight_map_ || inflight_map_.size() < sizeof(InflightTail)) return;
+  std::byte* at = inflight_map_.data() + inflight_map_.size() - sizeof(InflightTail);
+  uint64_t magic = 0;
+  std::memcpy(&magic, at, sizeof magic);
+  if (magic == InflightTail::kMagic) std::memcpy(at + offsetof(InflightTail, wce), &wce_, 1);
+}
+
+void Session::recall_cache_mode() {
+  if (!inflight_map_ || inflight_map_.size() < sizeof(InflightTail)) return;
+  InflightTail tail;
+  std::memcpy(&tail, inflight_map_.data() + inflight_map_.size() - sizeof tail, sizeof tail);
+  if (tail.magic != InflightTail::kMagic || tail.wce != 0) return;
+  wce_ = 0;
+  apply_cache_mode();
+}
+
 Status Session::make_inflight(uint16_t queues, uint16_t queue_size) {
-  const uint64_t size = queues * InflightLog::region_size(queue_size, packed());
+  const uint64_t size = queues * InflightLog::region_size(queue_size, packed()) + sizeof(InflightTail);
   Fd fd(::memfd_create("spillway-inflight", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(size)) != 0 ||
       ::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) != 0)
@@ -559,6 +591,8 @@ Status Session::make_inflight(uint16_t queues, uint16_t queue_size) {
   SPILLWAY_TRY(inflight_map_, Mapping::create(fd.get(), 0, size));
   inflight_fd_ = std::move(fd);
   inflight_ = {size, 0, queues, queue_size};
+  const InflightTail tail{InflightTail::kMagic, wce_, {}};
+  std::memcpy(inflight_map_.data() + size - sizeof tail, &tail, sizeof tail);
   return {};
 }
 
@@ -604,7 +638,8 @@ Task<Status> Session::set_inflight(Incoming& in, Dirty& dirty) {
   inflight_map_ = std::move(map);
   inflight_fd_ = std::move(in.fds[0]);
   inflight_ = want;
-  dirty.inflight = dirty.run = true;
+  recall_cache_mode();
+  dirty.connection = dirty.inflight = dirty.run = true;
   co_return Status{};
 }
 

@@ -122,6 +122,8 @@ class Session {
   Status rebuild_memory();
   Status make_inflight(uint16_t queues, uint16_t queue_size);
   std::byte* inflight_region(uint32_t ring, uint32_t num);
+  void keep_cache_mode();
+  void recall_cache_mode();
   uint64_t offered_features() const;
   bool packed() const { return (features_ & virtio::kFeaturePacked) != 0; }
   void apply_cache_mode();

@@ -211,6 +211,62 @@ TEST(VhostUser_config, any_size_zero_padded_and_wce_live) {
   EXPECT_EQ(c.request(0, 1, 0, c.data(0, 512), 512), 0);
 }
 
+uint8_t write_cache_field(Client& c) {
+  ConfigHead h[8] = {{virtio::kBlkConfigWceOffset, 1, 0}};
+  if (!c.send(Request::kGetConfig, h, sizeof h[0] + 1)) return 0xff;
+  auto r = c.reply();
+  return r && r->size() == sizeof h[0] + 1 ? static_cast<uint8_t>(r->back()) : uint8_t{0xff};
+}
+
+// QEMU resets the device for `stop` and connects anew after a loss, and does not set the field again; the guest still believes
+// in what it set and would never flush.
+TEST(VhostUser_config, write_through_outlives_resets_and_a_reconnection_with_the_log) {
+  Server s;
+  ASSERT_TRUE(s.start());
+  Client c;
+  ASSERT_TRUE(c.connect(s.o.socket));
+  ASSERT_TRUE(c.start({}));
+  EXPECT_EQ(write_cache_field(c), 1);
+  struct __attribute__((packed)) { ConfigHead h; uint8_t wce; } off{{32, 1, 0}, 0}, on{{32, 1, 0}, 1};
+  ASSERT_EQ(c.set(Request::kSetConfig, off), 0);
+  ASSERT_EQ(c.set(Request::kSetStatus, uint64_t{0}), 0);
+  EXPECT_EQ(write_cache_field(c), 0);
+  ASSERT_EQ(c.set(Request::kResetDevice, uint64_t{0}), 0);
+  EXPECT_EQ(write_cache_field(c), 0);
+  c.disconnect();
+  ASSERT_TRUE(c.connect(s.o.socket));
+  ASSERT_TRUE(c.start({}));  // brings its log back
+  EXPECT_EQ(write_cache_field(c), 0);
+  ASSERT_EQ(c.set(Request::kSetConfig, on), 0);
+  c.disconnect();
+  ASSERT_TRUE(c.connect(s.o.socket));
+  ASSERT_TRUE(c.start({}));
+  EXPECT_EQ(write_cache_field(c), 1);
+  ASSERT_EQ(c.set(Request::kSetConfig, off), 0);
+  Client other;  // another machine's: a new log
+  c.disconnect();
+  ASSERT_TRUE(other.connect(s.o.socket));
+  ASSERT_TRUE(other.start({}));
+  EXPECT_EQ(write_cache_field(other), 1);
+}
+
+TEST(VhostUser_requests, large_ones_are_served_in_pieces) {
+  Server s;
+  ASSERT_TRUE(s.start());
+  Client c;
+  ASSERT_TRUE(c.connect(s.o.socket));
+  ASSERT_TRUE(c.start({}));
+  constexpr uint32_t kLen = 10 * 1024 * 1024 + 512;
+  const uint64_t at = c.data(0, 4096);
+  fill(c.memory() + at, kLen, 5);
+  ASSERT_EQ(c.request(0, 1, 3, at, kLen), 0);
+  std::memset(c.memory() + at, 0, kLen);
+  ASSERT_EQ(c.request(0, 0, 3, at, kLen), 0);
+  std::vector<std::byte> want(kLen);
+  fill(want.data(), kLen, 5);
+  EXPECT_EQ(std::memcmp(want.data(), c.memory() + at, kLen), 0);
+}
+
 TEST(VhostUser_refusals, logging_and_postcopy_are_refused_cleanly) {
   Server s;
   ASSERT_TRUE(s.start());
