@@ -58,7 +58,7 @@ class FuzzServer {
       for (auto& q : context_.queues)
         q->on_broken = [&session](Queue&) { session.cancel(Error(ErrorKind::kInvalid, "ring")); };
       Status s = co_await session.serve();
-      co_await session.stop_rings(false);
+      co_await session.stop_rings();
     }
     done->release();
   }

@@ -18,6 +18,17 @@ uint16_t load_used_idx(const virtio::RingConfig& ring) {
   return __atomic_load_n(reinterpret_cast<const u16*>(ring.device + 2), __ATOMIC_ACQUIRE);
 }
 constexpr uint16_t kWrapBit = 1 << 15;
+
+// The used positions of a packed log, now and before the batch that is being published, change with one store: a kill between
+// two of their fields would leave a position that never was.
+void store_positions(InflightPacked* h, uint16_t used, uint16_t old_used) {
+  static_assert(offsetof(InflightPacked, used_idx) == 16 && offsetof(InflightPacked, padding) == 22);
+  using u64 = uint64_t __attribute__((may_alias));
+  const auto index = [](uint16_t p) { return uint64_t{static_cast<uint16_t>(p & ~kWrapBit)}; };
+  const auto wrap = [](uint16_t p) { return uint64_t{(p & kWrapBit) != 0}; };
+  __atomic_store_n(reinterpret_cast<u64*>(reinterpret_cast<std::byte*>(h) + 16),
+                   index(used) | index(old_used) << 16 | wrap(used) << 32 | wrap(old_used) << 40, __ATOMIC_RELEASE);
+}
 }  // namespace
 
 uint64_t InflightLog::region_size(unsigned queue_size, bool packed) {
@@ -44,8 +55,7 @@ void InflightLog::reset(const virtio::RingConfig& ring) {
     packed_entries()[i].next = free_next_[i];
   }
   h->version = 1;
-  h->used_idx = h->old_used_idx = ring.next_used & ~kWrapBit;
-  h->used_wrap = h->old_used_wrap = (ring.next_used & kWrapBit) != 0;
+  store_positions(h, ring.next_used, ring.next_used);
   order();
   h->desc_num = n_;
 }
@@ -73,7 +83,7 @@ InflightLog InflightLog::recover(std::byte* region, unsigned n, const virtio::Ri
     // A ring that stood still has answered all it took.
     if (adopted && !ring.packed) out->next_avail = ring.next_used;
   }
-  else if (ring.packed) log.recover_packed(ring, adopted, out);
+  else if (ring.packed) log.recover_packed(ring, out);
   else log.recover_split(ring, adopted, out);
   return log;
 }
@@ -104,7 +114,9 @@ void InflightLog::recover_split(const virtio::RingConfig& ring, bool adopted, Re
   if (adopted || !out->left.empty()) out->next_avail = static_cast<uint16_t>(used + out->left.size());
 }
 
-void InflightLog::recover_packed(const virtio::RingConfig& ring, bool adopted, Recovered* out) {
+// A packed ring keeps no position that the device could read: a log that holds one is right, whatever the front-end says (QEMU
+// says where the ring began when it comes back after a loss). One that does not was retired or is new.
+void InflightLog::recover_packed(const virtio::RingConfig& ring, Recovered* out) {
   InflightPacked* h = packed_head();
   InflightPackedEntry* entries = packed_entries();
   struct Copy {
@@ -116,13 +128,14 @@ void InflightLog::recover_packed(const virtio::RingConfig& ring, bool adopted, R
     return;
   }
   if (c.used_idx != c.old_used_idx || c.used_wrap != c.old_used_wrap) {
-    // Died between before_publish and after_publish. The first element's flags are written last: they tell whether the
-    // driver can see the batch (then it is done) or not (then it is as if it had not been answered).
+    // Died between before_publish and after_publish. The first element's flags are written last. As long as they are not, its slot
+    // says "available in that lap" and the driver cannot touch it. Any other value: the batch was visible, and the driver may have
+    // put the slot to new use meanwhile.
     using u16 = uint16_t __attribute__((may_alias));
     const uint16_t flags = __atomic_load_n(
         reinterpret_cast<const u16*>(ring.desc + 16u * c.old_used_idx + 14), __ATOMIC_ACQUIRE);
-    const bool visible = ((flags & virtio::kDescUsed) != 0) == c.old_used_wrap &&
-                         ((flags & virtio::kDescAvail) != 0) == c.old_used_wrap;
+    const bool visible = ((flags & virtio::kDescUsed) != 0) == c.old_used_wrap ||
+                         ((flags & virtio::kDescAvail) != 0) != c.old_used_wrap;
     if (visible) {
       // The chains that joined the free list in this batch: from its new head to its old one.
       uint16_t at = c.free_head;
@@ -135,7 +148,13 @@ void InflightLog::recover_packed(const virtio::RingConfig& ring, bool adopted, R
       c.used_wrap = c.old_used_wrap;
     }
   }
-  // Requests still marked, each a list of entries from its head. An entry belongs to one request at most.
+  order();
+  out->next_used = static_cast<uint16_t>(c.used_idx | (c.used_wrap ? kWrapBit : 0));
+  store_positions(h, out->next_used, out->next_used);
+  // Requests still marked, each a list of entries from its head. An entry belongs to one request at most. The marks stay as
+  // they are, so that a kill from here on leaves them to the next successor.
+  last_.assign(n_, 0);
+  free_next_.assign(n_, n_);
   std::vector<bool> taken(n_, false);
   unsigned slots = 0;
   for (uint16_t i = 0; i < n_; ++i) {
@@ -143,53 +162,40 @@ void InflightLog::recover_packed(const virtio::RingConfig& ring, bool adopted, R
     Left left{i, {}, entries[i].counter};
     counter_ = std::max(counter_, left.counter + 1);
     const uint16_t num = entries[i].num;
+    std::vector<uint16_t> own;
     uint16_t at = i;
     for (uint16_t k = 0; k < num && at < n_ && !taken[at]; ++k) {
       taken[at] = true;
+      own.push_back(at);
       const InflightPackedEntry& e = entries[at];
       left.descs.push_back({e.addr, e.len, e.id, e.flags});
       at = e.next;
     }
-    if (num == 0 || left.descs.size() != num || slots + num > n_) continue;  // somebody scribbled here
+    if (num == 0 || own.size() != num || slots + num > n_) {  // somebody scribbled here
+      for (uint16_t o : own) taken[o] = false;
+      entries[i].inflight = 0;
+      continue;
+    }
+    for (size_t k = 0; k + 1 < own.size(); ++k) free_next_[own[k]] = own[k + 1];
+    last_[i] = own.back();
     slots += num;
     out->left.push_back(std::move(left));
   }
   std::sort(out->left.begin(), out->left.end(),
             [](const Left& a, const Left& b) { return a.counter < b.counter; });
-  out->next_used = static_cast<uint16_t>(c.used_idx | (c.used_wrap ? kWrapBit : 0));
-  if (adopted || !out->left.empty()) {
-    unsigned at = c.used_idx + slots;
-    bool wrap = c.used_wrap;
-    if (at >= n_) {
-      at -= n_;
-      wrap = !wrap;
-    }
-    out->next_avail = static_cast<uint16_t>(at | (wrap ? kWrapBit : 0));
+  unsigned at = c.used_idx + slots;
+  bool wrap = c.used_wrap;
+  if (at >= n_) {
+    at -= n_;
+    wrap = !wrap;
   }
-  // Write the log anew from what was understood: the resubmitted requests are marked again as they are taken.
-  const uint64_t counter = counter_;
-  virtio::RingConfig now = ring;
-  now.next_used = out->next_used;
-  reset(now);
-  counter_ = counter;
-  for (Left& left : out->left) {
-    // Keep each request marked without a gap: the same order gives the same entries to mark().
-    const uint16_t head = free_head_;
-    uint16_t last = head;
-    for (size_t k = 0; k < left.descs.size(); ++k) {
-      last = free_head_;
-      InflightPackedEntry& e = entries[free_head_];
-      const virtio::RawDesc& d = left.descs[k];
-      e.addr = d.addr, e.len = d.len, e.id = d.id, e.flags = d.flags;
-      free_head_ = free_next_[free_head_];
-    }
-    entries[head].num = static_cast<uint16_t>(left.descs.size());
-    entries[head].last = last;
-    entries[head].counter = left.counter;
-    last_[head] = last;
-    order();
-    entries[head].inflight = 1;
-    left.token = head;
+  out->next_avail = static_cast<uint16_t>(at | (wrap ? kWrapBit : 0));
+  // All others are free, in any order.
+  free_head_ = n_;
+  for (uint16_t i = n_; i-- > 0;) {
+    if (taken[i]) continue;
+    free_next_[i] = entries[i].next = free_head_;
+    free_head_ = i;
   }
   h->free_head = h->old_free_head = free_head_;
 }
@@ -209,9 +215,10 @@ uint16_t InflightLog::mark(const virtio::Virtqueue& vq, uint16_t chain_id) {
     return chain_id;
   }
   const auto raw = vq.last_raw();
-  const uint16_t head = free_head_;
+  const uint16_t head = free_head_;  // enough are free: no more descriptors are outstanding than there are entries
   uint16_t last = head;
   for (const virtio::RawDesc& d : raw) {
+    SPILLWAY_ASSERT(free_head_ < n_);
     last = free_head_;
     InflightPackedEntry& e = packed_entries()[free_head_];
     e.addr = d.addr, e.len = d.len, e.id = d.id, e.flags = d.flags;
@@ -246,10 +253,8 @@ void InflightLog::before_publish(std::span<const uint16_t> tokens, const virtio:
     packed_entries()[last_[t]].next = free_head_;
     free_head_ = t;
   }
-  const uint16_t used = vq.pending_used();
   h->free_head = free_head_;
-  h->used_idx = used & ~kWrapBit;
-  h->used_wrap = (used & kWrapBit) != 0;
+  store_positions(h, vq.pending_used(), vq.next_used());
   order();
 }
 
@@ -265,8 +270,7 @@ void InflightLog::after_publish(std::span<const uint16_t> tokens, const virtio::
   for (uint16_t t : tokens) packed_entries()[t].inflight = 0;
   order();
   h->old_free_head = free_head_;
-  h->old_used_idx = vq.next_used() & ~kWrapBit;
-  h->old_used_wrap = (vq.next_used() & kWrapBit) != 0;
+  store_positions(h, vq.next_used(), vq.next_used());
 }
 
 }  // namespace spillway::vhost

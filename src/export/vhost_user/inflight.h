@@ -80,7 +80,7 @@ class InflightLog {
   // `region` has region_size(n, packed) bytes. Fresh: forgets what it holds.
   static InflightLog fresh(std::byte* region, unsigned n, const virtio::RingConfig& ring);
   // Adopts what is there when it fits the ring; otherwise like fresh. `adopted`: the ring was running when its owner died, so
-  // its positions come from the log and the used index; else from `ring` unless something is in flight.
+  // its positions come from the log and the used index; else a split ring's come from `ring` unless something is in flight.
   static InflightLog recover(std::byte* region, unsigned n, const virtio::RingConfig& ring, bool adopted,
                              Recovered* out);
   // Nothing is in flight and the ring stands still: the next start is a fresh one.
@@ -102,7 +102,7 @@ class InflightLog {
     return reinterpret_cast<InflightPackedEntry*>(region_ + sizeof(InflightPacked));
   }
   void recover_split(const virtio::RingConfig& ring, bool adopted, Recovered* out);
-  void recover_packed(const virtio::RingConfig& ring, bool adopted, Recovered* out);
+  void recover_packed(const virtio::RingConfig& ring, Recovered* out);
   void reset(const virtio::RingConfig& ring);
 
   std::byte* region_ = nullptr;

@@ -316,7 +316,7 @@ Task<Status> Session::set_features(Incoming& in, Dirty& dirty) {
   if ((*value & ~offered_features()) != 0)
     co_return not_offered(fmt::format("feature {:#x}", *value & ~offered_features()).c_str());
   if (*value != features_) {
-    co_await pause_all();
+    co_await stop_rings();
     if (((*value ^ features_) & virtio::kFeaturePacked) != 0)
       for (uint32_t i = 0; i < rings_.size(); ++i) {
         if (rings_[i].started) dirty.retire |= 1u << i;
@@ -331,7 +331,7 @@ Task<Status> Session::set_features(Incoming& in, Dirty& dirty) {
 }
 
 Task<void> Session::reset_device(Dirty& dirty) {
-  co_await pause_all();
+  co_await stop_rings();
   for (uint32_t i = 0; i < rings_.size(); ++i) {
     if (rings_[i].started) dirty.retire |= 1u << i;
     rings_[i].started = rings_[i].enabled = false;
@@ -364,7 +364,7 @@ Task<Status> Session::set_mem_table(Incoming& in, Dirty& dirty) {
     SPILLWAY_CO_TRY(auto map, Mapping::create(in.fds[i].get(), r.offset, r.size));
     slots.push_back({r, std::move(in.fds[i]), std::move(map)});
   }
-  co_await pause_all();
+  co_await stop_rings();
   slots_.swap(slots);
   SPILLWAY_CO_CHECK(rebuild_memory());
   dirty.memory = dirty.run = true;
@@ -387,7 +387,7 @@ Task<Status> Session::add_region(Incoming& in, Dirty& dirty) {
   }
   if (slots_.size() >= kMaxMemSlots) co_return fail(ErrorKind::kInvalid, "no memory slot left");
   SPILLWAY_CO_TRY(auto map, Mapping::create(in.fds[0].get(), r.offset, r.size));
-  co_await pause_all();
+  co_await stop_rings();
   slots_.push_back({r, std::move(in.fds[0]), std::move(map)});
   SPILLWAY_CO_CHECK(rebuild_memory());
   dirty.memory = dirty.run = true;
@@ -403,7 +403,7 @@ Task<Status> Session::remove_region(Incoming& in, Dirty& dirty) {
     return s.wire.guest == r.guest && s.wire.size == r.size && s.wire.user == r.user;
   });
   if (it != slots_.end()) {  // else: the same message again
-    co_await pause_all();
+    co_await stop_rings();
     slots_.erase(it);
     SPILLWAY_CO_CHECK(rebuild_memory());
   }
@@ -634,7 +634,7 @@ Task<Status> Session::set_inflight(Incoming& in, Dirty& dirty) {
                                                     want.queues, want.queue_size));
   SPILLWAY_CO_TRY(auto map, Mapping::create(in.fds[0].get(), want.mmap_offset, want.mmap_size));
   if (map.blocking()) co_return fail(ErrorKind::kInvalid, "in-flight log is not in memory");
-  co_await pause_all();
+  co_await stop_rings();
   inflight_map_ = std::move(map);
   inflight_fd_ = std::move(in.fds[0]);
   inflight_ = want;
@@ -645,15 +645,8 @@ Task<Status> Session::set_inflight(Incoming& in, Dirty& dirty) {
 
 // ---- rings ------------------------------------------------------------------------------------------------------
 
-Task<void> Session::pause_all() {
+Task<void> Session::stop_rings() {
   for (auto& q : context_.queues) co_await q->stop();
-}
-
-Task<void> Session::stop_rings(bool keep) {
-  co_await pause_all();
-  if (keep) co_return;
-  for (uint32_t i = 0; i < rings_.size(); ++i)
-    if (rings_[i].started) context_.queues[i]->log().retire();
 }
 
 bool Session::wants_to_run(const Ring& r) const {

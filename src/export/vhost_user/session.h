@@ -42,8 +42,9 @@ class Session {
   void cancel(Error why);
   // The volume grew: tells the guest if there is a backend channel.
   void config_changed();
-  // Stops the rings. keep: they go on with a successor, so their logs stay as they are.
-  Task<void> stop_rings(bool keep);
+  // Stops the rings: all that was taken is answered. Their logs stay as they are, for a successor or for a front-end that brings
+  // its log to a new connection: a packed ring has its position there and nowhere else.
+  Task<void> stop_rings();
   Status store_connection();
   std::string to_text() const;
 
@@ -115,7 +116,6 @@ class Session {
   Task<Status> set_features(Incoming& in, Dirty& dirty);
   Task<void> reset_device(Dirty& dirty);
 
-  Task<void> pause_all();
   Task<Status> run_rings(bool strict, uint32_t* started);
   Task<Status> start_ring(uint32_t i, bool adopted);
   bool wants_to_run(const Ring& r) const;

@@ -307,6 +307,15 @@ class Client {
   };
   // The usual handshake up to enabled rings. False when anything is refused.
   bool start(const Setup& setup) {
+    if (!shake_hands(setup)) return false;
+    rings.clear();
+    rings.resize(setup.queues);
+    for (uint32_t i = 0; i < setup.queues; ++i)
+      if (!start_ring(i, setup.size, true)) return false;
+    return true;
+  }
+  // Up to the memory table: what a front-end with rings that exist does on a new connection.
+  bool shake_hands(const Setup& setup) {
     const auto offered = get<uint64_t>(Request::kGetFeatures);
     features = offered & setup.features;
     const auto protocol = get<uint64_t>(Request::kGetProtocolFeatures);
@@ -315,12 +324,7 @@ class Client {
     if (set(Request::kSetFeatures, features) != 0) return false;
     if (setup.inflight && !share_inflight(setup)) return false;
     SingleMemRegion region{0, {kGuestBase, size_, reinterpret_cast<uint64_t>(map_), 0}};
-    if (set(Request::kAddMemReg, region, {memfd_.get()}) != 0) return false;
-    rings.clear();
-    rings.resize(setup.queues);
-    for (uint32_t i = 0; i < setup.queues; ++i)
-      if (!start_ring(i, setup.size, true)) return false;
-    return true;
+    return set(Request::kAddMemReg, region, {memfd_.get()}) == 0;
   }
   // `fresh`: a new ring; else the ring as it is, after a reconnect.
   bool start_ring(uint32_t i, uint16_t n, bool fresh, uint32_t base = 0) {

@@ -145,9 +145,8 @@ Task<void> VhostUserExport::serve(Fd connection, bool adopted) {
         stored.error().message());
   }
   if (s && !stopping_) s = co_await session.serve();
-  const bool keep = stopping_ && keep_;
-  co_await session.stop_rings(keep);
-  if (!keep) forget_connection();
+  co_await session.stop_rings();
+  if (!stopping_ || !keep_) forget_connection();
   if (!s && !stopping_) {
     protocol_errors_.fetch_add(1, std::memory_order_relaxed);
     LOG_LIMITED(LogLevel::kWarn, "vhost-user", "{}: connection ended: {}", name(), s.error().message());

@@ -304,6 +304,29 @@ TEST(VhostUser_ring_base, goes_on_where_it_stopped) {
   }
 }
 
+// As QEMU does when the back-end was lost: a split ring's base is its used index, a packed ring's what it was in the beginning.
+TEST_P(VhostUser_ring, new_connection_with_the_log_goes_on_whatever_base_it_says) {
+  Server s;
+  ASSERT_TRUE(s.start());
+  Client c;
+  const Client::Setup setup{.features = GetParam().features, .size = 16};
+  ASSERT_TRUE(c.connect(s.o.socket));
+  ASSERT_TRUE(c.start(setup));
+  for (int round = 0; round < 5; ++round) {
+    for (int i = 0; i < 11; ++i) ASSERT_EQ(c.request(0, 0, 0, c.data(0, 512), 512), 0) << round;
+    c.disconnect();
+    // Made while nobody serves.
+    c.submit(0, 5, 0, 0, c.data(5, 512), 512);
+    ASSERT_TRUE(c.connect(s.o.socket));
+    ASSERT_TRUE(c.shake_hands(setup));
+    const bool packed = (c.features & virtio::kFeaturePacked) != 0;
+    const uint32_t base = packed ? 0x80008000u : c.rings[0].ring.load16(c.rings[0].ring.device_at + 2);
+    ASSERT_TRUE(c.start_ring(0, 16, false, base));
+    ASSERT_TRUE(c.wait(0)) << round;
+    EXPECT_EQ(c.status(5), 0);
+  }
+}
+
 TEST(VhostUser_socket, stale_is_replaced_live_is_an_error_and_other_files_stay) {
   Server s;
   {
