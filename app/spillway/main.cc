@@ -300,6 +300,8 @@ int run(int argc, char** argv) {
        [&] { show(c, "shrinker scan", nullptr); });
   auto* exports = noun("export", "Volumes as guests see them");
   verb(exports, "list", "Every export", false, [&] { show(c, "export list", exports_report); });
+  verb(exports, "spread", "reactors=N: the first N serve the queues from now on", false,
+       [&] { show(c, "export spread", exports_report); });
   auto* group = noun("group", "Tenants: memory and I/O shares");
   verb(group, "list", "Every group", false, [&] { show(c, "group list", groups_report); });
   verb(group, "set", "weight= memory.min|low|high|max= io.rbps|wbps|riops|wiops=", true,

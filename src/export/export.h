@@ -44,6 +44,9 @@ class Export {
   virtual std::string_view transport() const = 0;  // "vhost-user-blk", "vfio-user-pmem", "fuse-pmem"
   virtual ExportStats stats() const = 0;
   virtual std::string to_text() const { return {}; }
+  // From now on the first `reactors` of the pool (at least one) serve it; queues that run are handed over, nothing is lost. Not beside
+  // stop(); a transport that has no queues of its own ignores it.
+  virtual Task<Status> spread(uint32_t /*reactors*/) { return Task<Status>::ready(Status{}); }
   // Ends connections and waits until no request is in flight. keep = leave the sockets with the store (hand-over).
   virtual Task<void> stop(bool keep) = 0;
 };

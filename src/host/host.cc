@@ -589,6 +589,18 @@ Task<Result<json>> Host::command(const std::string& name, const json& args) {
   if (name == "metrics") co_return json(prometheus_text(status()));
   if (noun == "shrinker") co_return shrinker_command(verb, args);
   if (name == "export list") co_return exports_json();
+  if (name == "export spread") {
+    if (!args.contains("reactors")) co_return fail(ErrorKind::kInvalid, "argument \"reactors\" is missing");
+    SPILLWAY_CO_TRY(const uint64_t n, size_arg(args["reactors"], "reactors"));
+    if (n == 0 || n > reactors_->size())
+      co_return fail(ErrorKind::kInvalid, fmt::format("reactors: 1 to {}", reactors_->size()));
+    std::vector<std::string> names;  // exports may end meanwhile
+    for (auto& [export_name, e] : exports_) names.push_back(export_name);
+    for (auto& export_name : names)
+      if (auto it = exports_.find(export_name); it != exports_.end())
+        SPILLWAY_CO_CHECK(co_await it->second->spread(static_cast<uint32_t>(n)));
+    co_return exports_json();
+  }
   if (name == "group list") co_return groups_json();
   if (name == "group set") co_return group_set(args);
   if (name == "config dump") co_return json(config_.dump());

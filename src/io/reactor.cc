@@ -265,13 +265,21 @@ void UringReactor::prepare(IoOp& op) {
   }
   switch (op.code) {
     case IoOp::Code::kReadv:
-      io_uring_prep_readv2(sqe, op.fd, static_cast<const iovec*>(op.addr), op.count, op.offset,
-                           static_cast<int>(op.flags));
+    case IoOp::Code::kWritev: {
+      const auto* iov = static_cast<const iovec*>(op.addr);
+      const bool write = op.code == IoOp::Code::kWritev;
+      if (op.count != 1 || iov->iov_len > INT32_MAX) {
+        if (write) io_uring_prep_writev2(sqe, op.fd, iov, op.count, op.offset, static_cast<int>(op.flags));
+        else io_uring_prep_readv2(sqe, op.fd, iov, op.count, op.offset, static_cast<int>(op.flags));
+        break;
+      }
+      // One piece: the kernel need not copy an array.
+      const auto length = static_cast<unsigned>(iov->iov_len);
+      if (write) io_uring_prep_write(sqe, op.fd, iov->iov_base, length, op.offset);
+      else io_uring_prep_read(sqe, op.fd, iov->iov_base, length, op.offset);
+      sqe->rw_flags = static_cast<__kernel_rwf_t>(op.flags);
       break;
-    case IoOp::Code::kWritev:
-      io_uring_prep_writev2(sqe, op.fd, static_cast<const iovec*>(op.addr), op.count, op.offset,
-                            static_cast<int>(op.flags));
-      break;
+    }
     case IoOp::Code::kFsync: io_uring_prep_fsync(sqe, op.fd, op.flags); break;
     case IoOp::Code::kFallocate:
       io_uring_prep_fallocate(sqe, op.fd, static_cast<int>(op.flags), static_cast<off_t>(op.offset),

@@ -75,7 +75,9 @@ Task<Status> Session::serve() {
     if (!got) co_return fail(std::move(got).error());
     if (canceled_) co_return fail(why_);
     if (!*got) co_return Status{};
+    co_await context_.changing.lock();
     Status s = co_await handle(*in);
+    context_.changing.unlock();
     if (!s) {
       Error e = std::move(s).error();
       co_return fail(std::move(e).with_context(fmt::format("request {}", in->head.request)));
@@ -464,6 +466,13 @@ Task<Status> Session::set_vring(Incoming& in, Dirty& dirty) {
   co_return Status{};
 }
 
+// Reading and signalling an eventfd never waits for anybody's program; any other kind of descriptor might.
+static bool is_eventfd(int fd) {
+  char target[32] = {};
+  const ssize_t n = ::readlink(fmt::format("/proc/self/fd/{}", fd).c_str(), target, sizeof target);
+  return n > 0 && std::string_view(target, static_cast<size_t>(n)) == "anon_inode:[eventfd]";
+}
+
 Task<Status> Session::set_vring_fd(Incoming& in, Dirty& dirty) {
   const auto* value = in.as<uint64_t>();
   if (value == nullptr) co_return short_payload();
@@ -474,6 +483,7 @@ Task<Status> Session::set_vring_fd(Incoming& in, Dirty& dirty) {
   Ring& r = rings_[i];
   Queue& q = *context_.queues[i];
   Fd fd = none ? Fd() : std::move(in.fds[0]);
+  if (fd && !is_eventfd(fd.get())) co_return fail(ErrorKind::kInvalid, fmt::format("ring {}: not an eventfd", i));
   dirty.rings |= 1u << i;
   switch (static_cast<Request>(in.head.request)) {
     case Request::kSetVringKick:
@@ -649,6 +659,14 @@ Task<void> Session::stop_rings() {
   for (auto& q : context_.queues) co_await q->stop();
 }
 
+Task<Status> Session::spread() {
+  for (uint32_t i = 0; i < rings_.size(); ++i) {
+    Status s = co_await context_.queues[i]->move(context_.owner(i));
+    if (!s) co_return s;
+  }
+  co_return Status{};
+}
+
 bool Session::wants_to_run(const Ring& r) const {
   const bool enabled = r.enabled || (features_ & kFeatureProtocol) == 0;
   return r.kick && r.have_addr && r.num != 0 && enabled && !slots_.empty();
@@ -718,13 +736,10 @@ Task<Status> Session::start_ring(uint32_t i, bool adopted) {
   start.call = r.call ? r.call.dup().release() : -1;
   start.call_first = adopted;
   Queue& q = *context_.queues[i];
-  // Spread over the reactors; the choice is stable for a ring.
-  ReactorPool& pool = *context_.options.reactors;
-  const size_t first = std::hash<std::string>{}(context_.options.name) % pool.size();
   if (!start.left.empty())
     log(LogLevel::kInfo, "vhost-user", "{}: ring {}: {} requests in flight are taken up again",
         context_.options.name, i, start.left.size());
-  co_return co_await q.start(pool.at((first + i) % pool.size()), std::move(start));
+  co_return co_await q.start(context_.owner(i), std::move(start));
 }
 
 void Session::config_changed() {

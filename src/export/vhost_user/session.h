@@ -26,6 +26,13 @@ struct Context {
   Device device;
   std::vector<std::unique_ptr<Queue>> queues;
   Reactor* control = nullptr;
+  uint32_t spread = 0;    // reactors that serve queues; control reactor
+  AsyncMutex changing;    // held while a message is handled, queues are handed over or a session ends
+  // The owner of queue `i`: stable, and other exports begin elsewhere.
+  Reactor& owner(uint32_t i) const {
+    const size_t first = std::hash<std::string>{}(options.name) % spread;
+    return options.reactors->at((first + i) % spread);
+  }
   std::string prefix() const { return "vhost/" + options.name + "/"; }
 };
 
@@ -38,6 +45,8 @@ class Session {
   Task<Status> adopt();
   // Until the peer closes (success), breaks a rule or `cancel` (error with the one reason). The rings stand still then.
   Task<Status> serve();
+  // Hands the running queues over to their owners as `Context::owner` says now. With `Context::changing` held.
+  Task<Status> spread();
   // Ends serve() soon.
   void cancel(Error why);
   // The volume grew: tells the guest if there is a backend channel.

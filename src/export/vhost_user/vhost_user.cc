@@ -36,7 +36,8 @@ class VhostUserExport final : public Export {
       context_.queues.push_back(std::make_unique<Queue>(context_.device, static_cast<uint16_t>(i)));
       context_.queues.back()->on_broken = [this](Queue& q) { ring_broke(q); };
     }
-    context_.control = &o.reactors->at(std::hash<std::string>{}(o.name) % o.reactors->size());
+    context_.spread = static_cast<uint32_t>(o.reactors->size());
+    context_.control = &context_.owner(0);
   }
   ~VhostUserExport() override { SPILLWAY_ASSERT(!launched_ || ended_.is_set()); }
 
@@ -55,11 +56,17 @@ class VhostUserExport final : public Export {
   std::string_view transport() const override { return "vhost-user-blk"; }
   ExportStats stats() const override;
   std::string to_text() const override;
+  Task<Status> spread(uint32_t reactors) override;
   Task<void> stop(bool keep) override;
 
  private:
   Task<void> run();
   Task<void> serve(Fd connection, bool adopted);
+  struct Spreading {
+    Status result{};
+    AsyncEvent done;
+  };
+  Task<void> spread_on_control(uint32_t reactors, std::shared_ptr<Spreading> spreading);
   Task<Fd> accept();
   void forget_connection();
   void ring_broke(Queue& q);
@@ -145,14 +152,16 @@ Task<void> VhostUserExport::serve(Fd connection, bool adopted) {
         stored.error().message());
   }
   if (s && !stopping_) s = co_await session.serve();
+  co_await context_.changing.lock();
   co_await session.stop_rings();
+  session_ = nullptr;
+  context_.changing.unlock();
   if (!stopping_ || !keep_) forget_connection();
   if (!s && !stopping_) {
     protocol_errors_.fetch_add(1, std::memory_order_relaxed);
     LOG_LIMITED(LogLevel::kWarn, "vhost-user", "{}: connection ended: {}", name(), s.error().message());
   }
   connected_.store(false, std::memory_order_relaxed);
-  session_ = nullptr;
 }
 
 void VhostUserExport::forget_connection() {
@@ -172,6 +181,24 @@ void VhostUserExport::ring_broke(Queue& q) {
   });
 }
 
+Task<Status> VhostUserExport::spread(uint32_t reactors) {
+  if (reactors == 0 || reactors > context_.options.reactors->size())
+    co_return fail(ErrorKind::kInvalid, fmt::format("reactors: 1 to {}", context_.options.reactors->size()));
+  auto spreading = std::make_shared<Spreading>();
+  auto begin = [this, reactors, spreading] { context_.control->spawn(spread_on_control(reactors, spreading)); };
+  co_await RunOn(*context_.control, begin);
+  co_await spreading->done.wait();
+  co_return std::move(spreading->result);
+}
+
+Task<void> VhostUserExport::spread_on_control(uint32_t reactors, std::shared_ptr<Spreading> spreading) {
+  co_await context_.changing.lock();
+  context_.spread = reactors;
+  if (session_ != nullptr) spreading->result = co_await session_->spread();
+  context_.changing.unlock();
+  spreading->done.set();
+}
+
 void VhostUserExport::begin_stop() {
   stopping_ = true;
   if (session_ != nullptr) session_->cancel(Error(ErrorKind::kCanceled, "the export is stopped"));
@@ -186,6 +213,8 @@ Task<void> VhostUserExport::stop(bool keep) {
   };
   co_await RunOn(*context_.control, begin);
   co_await ended_.wait();
+  co_await context_.changing.lock();  // a spread() that began before has ended
+  context_.changing.unlock();
   // Whatever was posted to the control reactor before this (a broken ring, a resize) has run when this has.
   co_await RunOn(*context_.control, [] {});
   if (!keep && listening_) {

@@ -5,6 +5,7 @@
 
 #include <filesystem>
 #include <random>
+#include <thread>
 
 #include "src/export/vhost_user/testing.h"
 #include "src/volume/memory/memory.h"
@@ -302,6 +303,43 @@ TEST(VhostUser_ring_base, goes_on_where_it_stopped) {
     for (int i = 0; i < 21; ++i) ASSERT_EQ(c.request(0, 0, 0, c.data(0, 512), 512), 0);
     c.disconnect();
   }
+}
+
+// B1: the set of reactors changes under load; queues are handed over, no request is lost, answered twice or with an error.
+TEST_P(VhostUser_ring, queues_change_their_reactors_under_load) {
+  auto reactor = std::move(*UringReactor::create(64));  // outlives the pool, which posts to it
+  Server s(2, nullptr, nullptr, 3);
+  ASSERT_TRUE(s.start());
+  Client c;
+  ASSERT_TRUE(c.connect(s.o.socket));
+  ASSERT_TRUE(c.start({.features = GetParam().features, .queues = 2, .size = 64}));
+  std::atomic<bool> stop{false};
+  std::thread changes([&] {
+    for (uint32_t n = 0; !stop.load(); ++n) ASSERT_TRUE(reactor->block_on(s.e->spread(1 + n % 3)));
+    ASSERT_FALSE(reactor->block_on(s.e->spread(4)));
+  });
+  std::mt19937 g(3);
+  std::vector<std::byte> want(4096);
+  for (int i = 0; i < 600; ++i) {
+    for (uint32_t q = 0; q < 2; ++q) {
+      fill(c.memory() + c.data(q, 4096), 4096, static_cast<uint32_t>(i) * 2 + q);
+      c.submit(q, q, 1, q * 8, c.data(q, 4096), 4096);
+    }
+    for (uint32_t q = 0; q < 2; ++q) {
+      auto u = c.wait(q);
+      ASSERT_TRUE(u) << i;
+      ASSERT_EQ(c.status(q), 0);
+      ASSERT_FALSE(c.rings[q].ring.take()) << "answered twice";
+    }
+    for (uint32_t q = 0; q < 2; ++q) {
+      fill(want.data(), 4096, static_cast<uint32_t>(i) * 2 + q);
+      ASSERT_EQ(c.request(q, 0, q * 8, c.data(q, 4096), 4096), 0);
+      ASSERT_EQ(std::memcmp(want.data(), c.memory() + c.data(q, 4096), 4096), 0) << i;
+    }
+  }
+  stop = true;
+  changes.join();
+  EXPECT_EQ(s.e->stats().errors, 0u);
 }
 
 // As QEMU does when the back-end was lost: a split ring's base is its used index, a packed ring's what it was in the beginning.
