@@ -98,7 +98,7 @@ class BlkTest(harness.VmTest):
         self.assertEqual((queue("vda", "logical_block_size"), queue("vda", "physical_block_size")), (512, 4096))
         self.assertEqual(queue("vdb", "logical_block_size"), 4096)
         self.assertEqual(len(g.run("ls /sys/block/vda/mq").split()), 2)
-        self.assertEqual(g.run("cat /sys/block/vda/serial /sys/block/vdb/serial").split(), ["v", "big"])
+        self.assertEqual(g.run("cat /sys/block/vda/serial; echo; cat /sys/block/vdb/serial").split(), ["v", "big"])
         # mkfs.xfs takes su and sw from the topology by itself (V3).
         made = g.run("mkfs.xfs -f /dev/vda && mkdir /x && mount /dev/vda /x && xfs_info /x")
         self.assertRegex(made, r"sunit=16 +swidth=64 blks")

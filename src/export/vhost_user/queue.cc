@@ -24,6 +24,9 @@ constexpr unsigned kPublishBatch = 8;    // answers per publish while more reque
 constexpr uint64_t kMaxBounce = 16 * kMiB;
 constexpr uint64_t kMaxPiece = 4 * kMiB;  // of one request at a time: a chain may name gigabytes
 
+unsigned knob(const char* n, unsigned d) { const char* v = getenv(n); return v ? static_cast<unsigned>(atoi(v)) : d; }
+const unsigned kPB = knob("SPILL_PB", 8), kLA = knob("SPILL_LA", 0), kSB = knob("SPILL_SB", 0);
+
 void bump(std::atomic<uint64_t>& counter, uint64_t by = 1) {
   counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
 }
@@ -243,8 +246,10 @@ bool Queue::poll() {
       busy_[chain_.id] = 1;
     }
     take(log_.mark(vq_, chain_.id));
-    if (batch_ >= kPublishBatch) publish();
+    if (batch_ >= kPB) publish();
+    if (kSB != 0 && n % kSB == kSB - 1) owner_->push_down();
   }
+  while (ahead_n_ > 0) submit_oldest();
   in_poll_ = false;
   if (batch_ > 0) {
     publish();
@@ -269,7 +274,23 @@ void Queue::take(uint16_t token) {
     complete(token, chain_.id, chain_.slots, 0);
     return;
   }
-  submit(get_request(parsed, token));
+  Request* r = get_request(parsed, token);
+  if (kLA == 0 || !in_poll_) {
+    submit(r);
+    return;
+  }
+  if (r->op == BlkOp::kRead || r->op == BlkOp::kWrite) volume_->expect(context(), r->offset, r->length, r->op == BlkOp::kWrite);
+  r->next = nullptr;
+  (ahead_n_++ == 0 ? ahead_ : ahead_tail_->next) = r;
+  ahead_tail_ = r;
+  if (ahead_n_ > kLA) submit_oldest();
+}
+
+void Queue::submit_oldest() {
+  Request* r = ahead_;
+  ahead_ = r->next;
+  --ahead_n_;
+  submit(r);
 }
 
 Queue::Request* Queue::get_request(const BlkRequest& parsed, uint16_t token) {

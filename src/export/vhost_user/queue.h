@@ -113,6 +113,10 @@ class alignas(64) Queue final : public Poller {
   Request* get_request(const virtio::BlkRequest& parsed, uint16_t token);
   void put_request(Request* r);
   void submit(Request* r);
+  void submit_oldest();
+  Request* ahead_ = nullptr;
+  Request* ahead_tail_ = nullptr;
+  unsigned ahead_n_ = 0;
   void read_or_write(Request* r);
   void get_id(Request* r);
   static detail::Detached finish(Queue* q, Request* r, Task<Status> task);

@@ -217,6 +217,8 @@ Task<Status> Session::handle(Incoming& in) {
   if ((in.head.flags & kVersionMask) != kVersion || (in.head.flags & kFlagReply) != 0)
     co_return fail(ErrorKind::kInvalid, fmt::format("flags {:#x}", in.head.flags));
   const bool ack = (in.head.flags & kFlagNeedReply) != 0 && (protocol_ & kProtocolReplyAck) != 0;
+  log(LogLevel::kDebug, "vhost-user", "{}: request {}, {} bytes, {} descriptors{}", context_.options.name, in.head.request,
+      in.head.size, in.fds.size(), ack ? ", to be acknowledged" : "");
   Reply reply;
   Dirty dirty;
   Status s = co_await dispatch(in, reply, dirty);
@@ -335,10 +337,8 @@ Task<Status> Session::set_features(Incoming& in, Dirty& dirty) {
 Task<void> Session::reset_device(Dirty& dirty) {
   co_await stop_rings();
   for (uint32_t i = 0; i < rings_.size(); ++i) {
-    if (rings_[i].started) dirty.retire |= 1u << i;
-    rings_[i].started = rings_[i].enabled = false;
-    rings_[i].kick.reset();
-    dirty.rings |= 1u << i;
+    end_ring(i, dirty);
+    rings_[i].enabled = false;
   }
   status_ = 0;
   // The cache mode stays as the driver set it. QEMU resets the device for a stop of the machine too, keeps its own copy of the
@@ -506,9 +506,17 @@ Task<Status> Session::get_vring_base(Incoming& in, Reply& reply, Dirty& dirty) {
   if (state == nullptr) co_return short_payload();
   const uint32_t i = state->index;
   if (i >= rings_.size()) co_return fail(ErrorKind::kInvalid, fmt::format("ring {} of {}", i, rings_.size()));
+  co_await context_.queues[i]->stop();
+  end_ring(i, dirty);
+  reply.set(VringState{i, rings_[i].base});
+  co_return Status{};
+}
+
+// The ring stands still and its log has done its work. Its position stays known: QEMU 7.2 stops a machine with a reset (SET_STATUS 0)
+// and asks for the position after that.
+void Session::end_ring(uint32_t i, Dirty& dirty) {
   Ring& r = rings_[i];
-  Queue& q = *context_.queues[i];
-  co_await q.stop();
+  const Queue& q = *context_.queues[i];
   if (r.started) {
     r.base = q.next_avail();
     if (packed()) r.base |= static_cast<uint32_t>(q.next_used()) << 16;
@@ -517,8 +525,6 @@ Task<Status> Session::get_vring_base(Incoming& in, Reply& reply, Dirty& dirty) {
   }
   r.kick.reset();
   dirty.rings |= 1u << i;
-  reply.set(VringState{i, r.base});
-  co_return Status{};
 }
 
 Status Session::get_config(Incoming& in, Reply& reply) {
@@ -736,6 +742,8 @@ Task<Status> Session::start_ring(uint32_t i, bool adopted) {
   start.call = r.call ? r.call.dup().release() : -1;
   start.call_first = adopted;
   Queue& q = *context_.queues[i];
+  log(LogLevel::kDebug, "vhost-user", "{}: ring {} starts at {:#x}, used {:#x}{}", context_.options.name, i, ring.next_avail,
+      ring.next_used, adopted ? " (goes on)" : "");
   if (!start.left.empty())
     log(LogLevel::kInfo, "vhost-user", "{}: ring {}: {} requests in flight are taken up again",
         context_.options.name, i, start.left.size());

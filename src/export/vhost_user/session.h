@@ -124,6 +124,7 @@ class Session {
   Task<Status> set_inflight(Incoming& in, Dirty& dirty);
   Task<Status> set_features(Incoming& in, Dirty& dirty);
   Task<void> reset_device(Dirty& dirty);
+  void end_ring(uint32_t i, Dirty& dirty);
 
   Task<Status> run_rings(bool strict, uint32_t* started);
   Task<Status> start_ring(uint32_t i, bool adopted);

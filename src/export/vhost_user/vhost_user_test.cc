@@ -342,6 +342,39 @@ TEST_P(VhostUser_ring, queues_change_their_reactors_under_load) {
   EXPECT_EQ(s.e->stats().errors, 0u);
 }
 
+// QEMU's `stop` and `cont`: both rings are stopped, then everything is said again.
+TEST_P(VhostUser_ring, stop_and_start_of_the_machine) {
+  Server s;
+  ASSERT_TRUE(s.start());
+  Client c;
+  ASSERT_TRUE(c.connect(s.o.socket));
+  const Client::Setup setup{.features = GetParam().features, .queues = 2, .size = 16};
+  ASSERT_TRUE(c.start(setup));
+  for (int round = 0; round < 4; ++round) {
+    SCOPED_TRACE(round);
+    for (int i = 0; i < 21; ++i) ASSERT_EQ(c.request(0, 0, 0, c.data(0, 512), 512), 0);
+    for (int i = 0; i < 3 * round; ++i) ASSERT_EQ(c.request(1, 0, 0, c.data(0, 512), 512), 0);
+    VringState base[2];
+    if (round % 2 == 1) {
+      ASSERT_EQ(c.set(Request::kSetStatus, uint64_t{0}), 0);  // as QEMU 7.2 does it; later ones after this
+    }
+    for (uint32_t q = 0; q < 2; ++q) {
+      base[q] = {q, 0};
+      ASSERT_TRUE(c.send(Request::kGetVringBase, &base[q], sizeof base[q]));
+      auto r = c.reply();
+      ASSERT_TRUE(r && r->size() == sizeof base[q]);
+      std::memcpy(&base[q], r->data(), sizeof base[q]);
+    }
+    ASSERT_EQ(c.set(Request::kSetFeatures, c.features), 0);
+    ASSERT_TRUE(c.share_inflight(setup));
+    struct { uint32_t count, padding; MemRegion r; } table{
+        1, 0, {Client::kGuestBase, Client::kMemory, reinterpret_cast<uint64_t>(c.memory()), 0}};
+    ASSERT_EQ(c.set(Request::kSetMemTable, table, {c.memfd_.get()}), 0);
+    for (uint32_t q = 0; q < 2; ++q) ASSERT_TRUE(c.start_ring(q, 16, false, base[q].num));
+    for (uint32_t q = 0; q < 2; ++q) EXPECT_FALSE(c.rings[q].ring.take()) << "an answer to nothing";
+  }
+}
+
 // As QEMU does when the back-end was lost: a split ring's base is its used index, a packed ring's what it was in the beginning.
 TEST_P(VhostUser_ring, new_connection_with_the_log_goes_on_whatever_base_it_says) {
   Server s;
