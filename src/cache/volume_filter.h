@@ -54,6 +54,7 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   std::string_view layer() const override { return "cache"; }
   std::string to_text() const override;
   Task<Status> close() override;
+  void expect(IoContext ctx, uint64_t offset, uint64_t length, bool write) override;
 
  protected:
   Task<Status> do_read(IoContext ctx, uint64_t offset, Iov iov) override;
@@ -86,6 +87,7 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   }
   Binding& bind_slow(GroupId group);
 
+  void fetch(const Binding& b, uint64_t page, size_t in, bool write);
   FrameId hit(Binding& b, uint64_t page);  // with a reference; kNoFrame: not a plain hit
   void plan(Binding& b, uint64_t first, uint64_t count, bool ahead, Plan& out);
   void plan_leaf(Binding& b, uint64_t number, unsigned first, unsigned count, bool ahead, Plan& out);

@@ -75,6 +75,9 @@ class Volume {
   const Geometry& geometry() const { return geometry_; }
 
   Task<Status> read(IoContext ctx, uint64_t offset, Iov iov);
+  // A read or write of this range (inside size()) comes within microseconds: what it will touch may be fetched into the CPU's
+  // caches. Changes nothing and may be left out.
+  virtual void expect(IoContext /*ctx*/, uint64_t /*offset*/, uint64_t /*length*/, bool /*write*/) {}
   Task<Status> write(IoContext ctx, uint64_t offset, Iov iov);
   Task<Status> flush(IoContext ctx);
   // Contents of the range become undefined-but-stable-on-read zeros or old data; here: they read as zeros or as

@@ -21,11 +21,9 @@ using virtio::Virtqueue;
 namespace {
 constexpr unsigned kPollBudget = 64;     // requests taken per round, so that other queues get their turn
 constexpr unsigned kPublishBatch = 8;    // answers per publish while more requests wait: the driver works meanwhile
+constexpr unsigned kAhead = 3;           // requests read before the oldest is served: what they need is fetched meanwhile
 constexpr uint64_t kMaxBounce = 16 * kMiB;
 constexpr uint64_t kMaxPiece = 4 * kMiB;  // of one request at a time: a chain may name gigabytes
-
-unsigned knob(const char* n, unsigned d) { const char* v = getenv(n); return v ? static_cast<unsigned>(atoi(v)) : d; }
-const unsigned kPB = knob("SPILL_PB", 8), kLA = knob("SPILL_LA", 0), kSB = knob("SPILL_SB", 0);
 
 void bump(std::atomic<uint64_t>& counter, uint64_t by = 1) {
   counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
@@ -246,10 +244,9 @@ bool Queue::poll() {
       busy_[chain_.id] = 1;
     }
     take(log_.mark(vq_, chain_.id));
-    if (batch_ >= kPB) publish();
-    if (kSB != 0 && n % kSB == kSB - 1) owner_->push_down();
+    if (batch_ >= kPublishBatch) publish();
   }
-  while (ahead_n_ > 0) submit_oldest();
+  while (ahead_count_ > 0) submit_oldest();
   in_poll_ = false;
   if (batch_ > 0) {
     publish();
@@ -275,21 +272,23 @@ void Queue::take(uint16_t token) {
     return;
   }
   Request* r = get_request(parsed, token);
-  if (kLA == 0 || !in_poll_) {
+  if (!in_poll_) {
     submit(r);
     return;
   }
-  if (r->op == BlkOp::kRead || r->op == BlkOp::kWrite) volume_->expect(context(), r->offset, r->length, r->op == BlkOp::kWrite);
+  const uint64_t size = volume_->size();
+  if ((r->op == BlkOp::kRead || r->op == BlkOp::kWrite) && r->length <= size && r->offset <= size - r->length)
+    volume_->expect(context(), r->offset, r->length, r->op == BlkOp::kWrite);
   r->next = nullptr;
-  (ahead_n_++ == 0 ? ahead_ : ahead_tail_->next) = r;
-  ahead_tail_ = r;
-  if (ahead_n_ > kLA) submit_oldest();
+  (ahead_count_++ == 0 ? ahead_ : ahead_last_->next) = r;
+  ahead_last_ = r;
+  if (ahead_count_ > kAhead) submit_oldest();
 }
 
 void Queue::submit_oldest() {
   Request* r = ahead_;
   ahead_ = r->next;
-  --ahead_n_;
+  --ahead_count_;
   submit(r);
 }
 

@@ -114,9 +114,6 @@ class alignas(64) Queue final : public Poller {
   void put_request(Request* r);
   void submit(Request* r);
   void submit_oldest();
-  Request* ahead_ = nullptr;
-  Request* ahead_tail_ = nullptr;
-  unsigned ahead_n_ = 0;
   void read_or_write(Request* r);
   void get_id(Request* r);
   static detail::Detached finish(Queue* q, Request* r, Task<Status> task);
@@ -139,6 +136,9 @@ class alignas(64) Queue final : public Poller {
   Volume* volume_;
   Reactor* owner_ = nullptr;
   Request* free_ = nullptr;
+  Request* ahead_ = nullptr;  // read and not submitted yet, oldest first; empty outside of poll
+  Request* ahead_last_ = nullptr;
+  uint32_t ahead_count_ = 0;
   uint64_t block_mask_ = 511;
   uint32_t in_flight_ = 0;
   uint32_t batch_ = 0;

@@ -12,6 +12,9 @@ class Slice final : public Volume {
   Slice(std::string name, VolumePtr member, uint64_t offset, uint64_t length)
       : Volume(std::move(name), length, slice_geometry(*member, offset)), member_(std::move(member)), offset_(offset) {}
 
+  void expect(IoContext ctx, uint64_t offset, uint64_t length, bool write) override {
+    member_->expect(ctx, offset_ + offset, length, write);
+  }
   std::string_view layer() const override { return "slice"; }
   std::vector<VolumePtr> members() const override { return {member_}; }
   std::string to_text() const override { return fmt::format("of: {}\noffset: {}\n", member_->name(), offset_); }
