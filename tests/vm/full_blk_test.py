@@ -68,7 +68,7 @@ class BlkTest(harness.VmTest):
 
     def setUp(self):
         super().setUp()
-        for name, mib in (("s0", 96), ("s1", 96), ("s2", 96), ("s3", 96), ("big", 64), ("g0", 64), ("g1", 32)):
+        for name, mib in (("s0", 512), ("s1", 512), ("s2", 512), ("s3", 512), ("big", 64), ("g0", 64), ("g1", 32)):
             sparse(self.folder / f"{name}.img", mib)
         self.tool = self.folder / "blk_guest"
         subprocess.run(["cc", "-static", "-O2", "-o", self.tool, HERE / "blk_guest.c"], check=True)
@@ -100,7 +100,7 @@ class BlkTest(harness.VmTest):
         self.assertEqual(len(g.run("ls /sys/block/vda/mq").split()), 2)
         self.assertEqual(g.run("cat /sys/block/vda/serial; echo; cat /sys/block/vdb/serial").split(), ["v", "big"])
         # mkfs.xfs takes su and sw from the topology by itself (V3).
-        made = g.run("mkfs.xfs -f /dev/vda && mkdir /x && mount /dev/vda /x && xfs_info /x")
+        made = g.run("mkfs.xfs -f /dev/vda && mkdir /x && mount -t xfs /dev/vda /x && xfs_info /x")
         self.assertRegex(made, r"sunit=16 +swidth=64 blks")
         g.run("umount /x")
         # Whole 4096-byte blocks only, and nothing by way of the read-only export.
@@ -237,7 +237,7 @@ class BlkTest(harness.VmTest):
 
     def test_fsx_and_trees_on_ext4_and_xfs_while_the_worker_dies_and_the_cache_shrinks(self):
         g = self.guest(self.disk("v", queues=2), self.disk("g", queues=2))
-        g.run("mkfs.xfs -q -f /dev/vda && mkfs.ext4 -q /dev/vdb && mkdir /x /e && mount /dev/vda /x && mount /dev/vdb /e && "
+        g.run("mkfs.xfs -q -f /dev/vda && mkfs.ext4 -q /dev/vdb && mkdir /x /e && mount -t xfs /dev/vda /x && mount /dev/vdb /e && "
               "mkdir /x/t /e/t")
         jobs = [g.spawn(f"bg fsx {fs}/f{i} 1500 {i}") for i, fs in enumerate(("/x", "/e", "/x"))]
         jobs += [g.spawn(f"bg tree {fs}/t 1500 9") for fs in ("/x", "/e")]
@@ -287,7 +287,7 @@ class OutsideRamTest(harness.VmTest):
         g = self.started(Guest("dio", [VhostUser(str(self.folder / "b.sock")), device()], kernel="trixie", qemu="trixie",
                                memory=512, files={"/bin/bg": tool}))
         g.run("modprobe virtio_pmem; modprobe nd_pmem; for i in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/pmem0 ] && break; sleep 0.3; "
-              "done; mkfs.ext4 -q /dev/pmem0 && mkdir /e && mount -o dax=always /dev/pmem0 /e")
+              "done; mkfs.ext4 -q -b 4096 /dev/pmem0 && mkdir /e && mount -o dax=always /dev/pmem0 /e")
         said = g.run("bg dio /e/map /dev/vda 0 8", timeout=120)
         self.assertIn(said, expected)
         print("O_DIRECT with a DAX buffer:", said)
