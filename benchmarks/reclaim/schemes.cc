@@ -77,8 +77,7 @@ class Base : public Scheme {
     return p;
   }
   void drop(ShrinkerImpl* p) {
-    impl_.give_gate(p->gate);
-    impl_.drop_body(p);
+    impl_.recycle(*p);
   }
   void set_bit(ShrinkerImpl* p) { impl_.set_bit(*impl_.root, 0, p->id); }
 
@@ -102,12 +101,11 @@ class Base : public Scheme {
         Unit* unit = block->units[u].load();
         for (std::uint64_t m = unit->map.load(); m != 0 && !out.bailed; m &= m - 1) {
           const std::uint32_t bit = static_cast<std::uint32_t>(std::countr_zero(m));
-          ShrinkerGate* gate = impl_.ids.lookup((b * kFan + u) * kFan + bit);
-          if (gate == nullptr) {
+          ShrinkerImpl* s = impl_.ids.lookup((b * kFan + u) * kFan + bit);
+          if (s == nullptr) {
             unit->map.fetch_and(~mask(bit));
             continue;
           }
-          ShrinkerImpl* s = gate->body;
           if (!s->scan) continue;
           pass.shrink(*s, 0, *impl_.root, 0);
           ++out.visits;
@@ -256,9 +254,9 @@ class RcuList final : public Base {
   Handle add(CountFn count, ScanFn scan) override {
     auto* n = new Node;
     n->s = make_impl(std::move(count), std::move(scan));
-    n->gate = n->s->gate;
-    n->gate->live_shards.store(1, std::memory_order_relaxed);
-    n->gate->shards()[0].refs.store(1, std::memory_order_release);
+    n->s->done.store(ShrinkerImpl::kOpen, std::memory_order_relaxed);
+    n->s->live_shards.store(1, std::memory_order_relaxed);
+    n->s->refs(0).store(1, std::memory_order_release);
     set_bit(n->s);
     std::lock_guard lock(m_);
     Node* first = head_.load();
@@ -270,8 +268,8 @@ class RcuList final : public Base {
   void remove(Handle h) override {
     auto* n = static_cast<Node*>(h);
     ShrinkerImpl* s = n->s;
-    n->gate->put(0);
-    n->gate->wait_done();
+    s->put(0);
+    s->wait_done();
     {
       std::lock_guard lock(m_);
       Node* next = n->next.load();
@@ -280,9 +278,7 @@ class RcuList final : public Base {
       if (next != nullptr) next->prev = n->prev;
       impl_.ids.erase(*s);
     }
-    n->gate->retire(ShrinkerGate::block_size(1));
-    impl_.drop_body(s);
-    n->retire();
+    n->retire();  // the block with it: a reader of this list does not look again after its try_get
   }
   WalkResult walk() override {
     WalkResult out;
@@ -294,12 +290,12 @@ class RcuList final : public Base {
     Pass pass(impl_, req, impl_.root, rec, freed, stop);
     rcu().lock();
     for (Node* n = head_.load(); n != nullptr; n = n->next.load()) {
-      if (!n->gate->try_get(0)) continue;
+      if (!n->s->try_get(0)) continue;
       rcu().unlock();
       pass.shrink(*n->s, 0, *impl_.root, 0);
       ++out.visits;
       rcu().lock();  // before the put, so that n stays linked in until we have read its next
-      n->gate->put(0);
+      n->s->put(0);
     }
     rcu().unlock();
     impl_.give_record(rec);
@@ -311,7 +307,9 @@ class RcuList final : public Base {
     ShrinkerImpl* s = nullptr;
     RcuPtr<Node> next;
     Node* prev = nullptr;  // guarded by m_
-    ShrinkerGate* gate = nullptr;
+    ~Node() {
+      if (s != nullptr) s->reg->recycle(*s);
+    }
   };
   std::mutex m_;
   RcuPtr<Node> head_;

@@ -65,6 +65,13 @@ unsigned thread_slot() noexcept {
   return slot;
 }
 
+unsigned cpu_slot() noexcept {
+#ifndef SPILLWAY_RECLAIM_INTERLEAVE
+  if (const int cpu = sched_getcpu(); cpu >= 0) return static_cast<unsigned>(cpu);
+#endif
+  return thread_slot();
+}
+
 unsigned cores() noexcept {
   static const unsigned n = [] {
     cpu_set_t set;

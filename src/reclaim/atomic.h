@@ -123,6 +123,8 @@ void destroy(T* p) noexcept {
 
 /// Small number of the calling thread, stable for its life; picks shards and stocks.
 unsigned thread_slot() noexcept;
+/// Number of the CPU this thread runs on now; picks shards of what is written by every walker.
+unsigned cpu_slot() noexcept;
 unsigned cores() noexcept;
 
 }  // namespace spillway::reclaim

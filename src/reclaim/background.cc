@@ -126,14 +126,13 @@ void Registry::Impl::background_main(int node) {
 
 // ---------------------------------------------------------------- parallel reclaim
 
-/// Helpers sleep until a leader posts a job; a leader waits for those who joined. One job at a time: a
-/// second leader works alone. Helpers are started at the first parallel reclaim.
+/// Helpers sleep until a leader posts a job; a leader waits for those who joined his. One job at a time: a
+/// second leader works alone, until the first has done his own part. Helpers are started at the first parallel reclaim.
 struct WorkerPool {
   std::mutex m;
   std::condition_variable work, left;
   Pass* job = nullptr;       // guarded by m
   std::uint64_t seq = 0;     // guarded by m
-  unsigned inside = 0;       // guarded by m
   bool end = false;          // guarded by m
   std::vector<std::thread> threads;
 
@@ -145,7 +144,7 @@ struct WorkerPool {
       if (end) return;
       seen = seq;
       Pass& leader = *job;
-      ++inside;
+      ++leader.helpers;
       lock.unlock();
       WalkRecord* rec = leader.reg.take_record();
       Pass mine(leader.reg, leader.req, leader.top, rec, leader.freed, leader.stop);
@@ -158,7 +157,7 @@ struct WorkerPool {
       lock.lock();
       merge_results(leader.out, mine.out);
       leader.low_skipped |= mine.low_skipped;
-      if (--inside == 0) left.notify_all();
+      if (--leader.helpers == 0) left.notify_all();
     }
   }
 };
@@ -167,18 +166,18 @@ void run_parallel(Pass& leader) noexcept {
   Registry::Impl& reg = leader.reg;
   WorkerPool* pool = nullptr;
   {
-    Lock lock(reg.pool_mutex);
-    if (reg.pool == nullptr) {
+    Lock lock(reg.workers_mutex);
+    if (reg.workers == nullptr) {
       try {
         auto fresh = std::make_unique<WorkerPool>();
         WorkerPool* p = fresh.get();
-        reg.pool = fresh.release();
+        reg.workers = fresh.release();
         for (unsigned i = 1; i < reg.opt.workers; ++i) p->threads.emplace_back([p] { p->main(); });
       } catch (...) {
         // Fewer helpers, or none: the leader does the work.
       }
     }
-    pool = reg.pool;
+    pool = reg.workers;
   }
   const std::uint64_t claim = reg.next_pass.fetch_add(1, kRelaxed);
   ReclaimResult before;
@@ -206,7 +205,7 @@ void run_parallel(Pass& leader) noexcept {
   mine.run();
   std::unique_lock lock(pool->m);
   pool->job = nullptr;
-  pool->left.wait(lock, [&] { return pool->inside == 0; });
+  pool->left.wait(lock, [&] { return leader.helpers == 0; });
   merge_results(leader.out, mine.out);
   merge_results(leader.out, before);
   leader.low_skipped |= mine.low_skipped;
@@ -217,15 +216,14 @@ void run_parallel(Pass& leader) noexcept {
 void Registry::Impl::stop_threads() {
   self->stop_background();
   stopping.store(true);
-  if (pool != nullptr) {
+  if (workers != nullptr) {
     {
-      std::lock_guard lock(pool->m);
-      pool->end = true;
+      std::lock_guard lock(workers->m);
+      workers->end = true;
     }
-    pool->work.notify_all();
-    for (auto& t : pool->threads) t.join();
-    delete pool;
-    pool = nullptr;
+    workers->work.notify_all();
+    for (auto& t : workers->threads) t.join();
+    delete std::exchange(workers, nullptr);
   }
 }
 

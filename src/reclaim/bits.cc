@@ -180,8 +180,12 @@ void Registry::Impl::move_deferred_cell(MemoryGroup& child, int node, std::uint3
   add_deferred(*child.parent(), node, *s, work, kWorkMax);
 }
 
+// Reads pointers, bits and cells after the store of `dead`: the fence here pairs with the one in set_bit (which
+// comes after make_unit) and with the seq_cst installation of units, so a unit that is missed here has an
+// installer who sees `dead`.
 void Registry::Impl::move_up(MemoryGroup& child, MemoryGroup& parent) noexcept {
   auto& st = GroupAccess::state(child);
+  std::atomic_thread_fence(kSc);
   for (int node = 0; node < opt.nodes; ++node) {
     if (st.overflow[node].load(kSc) != 0) {
       GroupAccess::state(parent).overflow[node].store(1, kSc);

@@ -39,12 +39,15 @@ bool GroupAccess::try_get(MemoryGroup& g) noexcept {
   return false;
 }
 
-// The last reference gives back what stocks hold, the id, and then the parent's reference.
+// The last reference gives back its share of the parent's protection sums (a charger that raced with
+// remove_group may have left a stale one), the id, and then the parent's reference. Stocks are empty: nobody
+// leaves any in a dead group.
 void GroupAccess::put(MemoryGroup* g) noexcept {
   while (g != nullptr) {
     if (g->state_->refs.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     MemoryGroup* parent = g->parent_;
     Registry::Impl& reg = RegistryAccess::impl(*g->registry_);
+    reg.update_protected(*g);
     reg.clear_active(g->id_);
     {
       Lock lock(reg.groups_mutex);
@@ -390,9 +393,7 @@ void drain(Registry::Impl& reg, MemoryGroup& g) noexcept {
   auto& s = st(g);
   std::uint64_t sum = 0;
   for (unsigned i = 0; i < s.slots; ++i) {
-    if (s.stocks[i].bytes.load(kRelaxed) != 0) {
-      sum += s.stocks[i].bytes.exchange(0, std::memory_order_acq_rel);
-    }
+    if (s.stocks[i].bytes.load() != 0) sum += s.stocks[i].bytes.exchange(0);  // seq_cst: put_stock
   }
   if (sum != 0) sub_all(reg, &g, nullptr, sum);
 }

@@ -1,12 +1,11 @@
 // The structures behind the public handles, and what protects what.
 //
-//   IdTable       fixed-depth radix tree id -> ShrinkerGate. Nodes are added and never removed before
+//   IdTable       fixed-depth radix tree id -> ShrinkerImpl. Nodes are added and never removed before
 //                 the registry goes, so only the leaf slot needs RCU. Slots change under ids_mutex_.
-//   ShrinkerGate  what a lookup finds: the reference counts (one word per shard) and the completion. RCU
-//                 keeps it readable for whoever found the pointer and must learn that the count is 0.
-//   ShrinkerImpl  what a reference gives: callbacks, statistics, name. It goes with the last reference,
-//                 at once, so a storm of register and free recycles warm memory; only the small gate
-//                 waits for a grace period.
+//   ShrinkerImpl  what a lookup finds: reference counts (one word per CPU shard) and completion on the first
+//                 line; callbacks, statistics, name for whoever holds a reference. Type-stable: free hands
+//                 it to the next alloc at once (warm memory in a storm of register and free), and to the
+//                 allocator only after a grace period. So a lookup looks again after its try_get (shrinker.cc).
 //   GroupTable    id -> group, slots change under groups_mutex_, read under RCU + try_get.
 //   Info/Block/Unit  per (group, node): a fixed-depth radix tree of bits and deferred work. Nodes are
 //                 installed by compare-exchange and live exactly as long as the group, so a walker
@@ -71,44 +70,30 @@ struct NameText : RcuObject<NameText, Destroy<NameText>> {
 };
 
 struct ShrinkerImpl;
-struct ShrinkerGate;
-struct RecycleGate {
-  void operator()(ShrinkerGate* g) const noexcept;
+struct ReleaseShrinker {
+  void operator()(ShrinkerImpl* s) const noexcept;
 };
 
-struct ShrinkerGate : RcuObject<ShrinkerGate, RecycleGate> {
-  Registry::Impl* reg = nullptr;
-  ShrinkerImpl* body = nullptr;  // valid for whoever holds a reference
-  std::uint32_t id = 0;
-  std::uint16_t flags = 0;  // ShrinkerFlags
-  std::uint16_t nshards = 0;
+/// One block of memory: this, then rare statistics, statistics and references by shard. The block is made
+/// once and serves many shrinkers, one after the other. The atomics are valid as long as the block is;
+/// everything else belongs to the owner until register_ and to holders of a reference afterwards.
+/// Statistics are cleaned at free, and only if a walk ever came by.
+struct alignas(64) ShrinkerImpl : RcuObject<ShrinkerImpl, ReleaseShrinker> {
+  ShrinkerImpl(Registry::Impl* registry, unsigned shards_wanted) noexcept;
+  ~ShrinkerImpl();
+
+  Registry::Impl* const reg;
+  const unsigned nshards;
+  Atomic<std::uint16_t> flags_seen{0};  // = flags; read by id, without a reference
 
   // Completion: shards whose initial reference is not yet gone; the last put of the last one sets
   // `done` and wakes whoever is kWaiting. kOrphan instead of a waiter: the last put finishes the free.
   static constexpr std::uint32_t kOpen = 0, kDone = 1, kOrphan = 2, kWaiting = 3;
   Atomic<std::uint32_t> live_shards{0};
   Atomic<std::uint32_t> done{kOpen};
-  RefShard* shards() noexcept { return reinterpret_cast<RefShard*>(reinterpret_cast<char*>(this) + kHead); }
-
-  static constexpr std::size_t kHead = 64;  // one line; checked in shrinker.cc
-  static constexpr std::size_t block_size(unsigned nshards) noexcept { return kHead + nshards * sizeof(RefShard); }
-
-  bool try_get(unsigned shard) noexcept;
-  void put(unsigned shard) noexcept;
-  void drop_initial() noexcept;
-  void wait_done() noexcept;
-};
-
-/// One block of memory: the structure with its first name, then rare statistics, then shards. Statistics
-/// are zero in a new block and cleaned when a block that was visited is dropped, so a shrinker that no walk
-/// ever met costs nothing for them.
-struct alignas(64) ShrinkerImpl {
-  ~ShrinkerImpl();
 
   // Written between alloc and register_ by the owner, read-only afterwards; published by the
   // release store of the reference counts.
-  ShrinkerGate* gate = nullptr;
-  Registry::Impl* reg = nullptr;
   std::uint32_t id = 0;
   std::uint32_t generation = 0;
   ShrinkerFlags flags = ShrinkerFlags::kNone;
@@ -117,23 +102,37 @@ struct alignas(64) ShrinkerImpl {
   CountFn count;
   ScanFn scan;
   void* private_data = nullptr;
-  RareStats* rare = nullptr;
-  Shard* shards = nullptr;
-  unsigned nshards = 0;
   bool registered = false;  // owner only: what free has to undo (S1)
+  ShrinkerImpl* next_free = nullptr;  // in the pool, guarded by blocks_mutex
+
+  // Health.
   std::atomic<bool> visited{false};
+  std::atomic<std::uint32_t> strikes{0}, quarantines{0};
+  std::atomic<std::int64_t> quarantined_until_ns{0};
 
   RcuPtr<NameText> name;
   NameText first_name;
 
-  // Health.
-  std::atomic<std::int64_t> quarantined_until_ns{0};
-  std::atomic<std::uint32_t> strikes{0}, quarantines{0};
-
-  static constexpr std::size_t block_size(unsigned nshards) noexcept {
-    return sizeof(ShrinkerImpl) + sizeof(RareStats) + nshards * sizeof(Shard);
+  RareStats& rare() const noexcept { return *reinterpret_cast<RareStats*>(after(sizeof(ShrinkerImpl))); }
+  Shard& stats(unsigned i) const noexcept { return reinterpret_cast<Shard*>(&rare() + 1)[i]; }
+  Atomic<std::uint64_t>& refs(unsigned i) const noexcept {
+    return reinterpret_cast<RefShard*>(&stats(nshards))[i].refs;
   }
+  static constexpr std::size_t block_size(unsigned nshards) noexcept {
+    return sizeof(ShrinkerImpl) + sizeof(RareStats) + nshards * (sizeof(Shard) + sizeof(RefShard));
+  }
+
+  bool try_get(unsigned shard) noexcept;
+  void put(unsigned shard) noexcept;
+  void drop_initial() noexcept;
+  void wait_done() noexcept;
+  void reset_stats() noexcept;
   std::string label() const;
+
+ private:
+  char* after(std::size_t n) const noexcept {
+    return const_cast<char*>(reinterpret_cast<const char*>(this)) + n;
+  }
 };
 
 /// RAII reference; never put by hand (weakness 4).
@@ -152,7 +151,7 @@ class ShrinkerRef {
   }
   ~ShrinkerRef() { reset(); }
   void reset() noexcept {
-    if (s_ != nullptr) std::exchange(s_, nullptr)->gate->put(shard_);
+    if (s_ != nullptr) std::exchange(s_, nullptr)->put(shard_);
   }
   explicit operator bool() const noexcept { return s_ != nullptr; }
   ShrinkerImpl* operator->() const noexcept { return s_; }
@@ -168,8 +167,8 @@ class IdTable {
  public:
   IdTable() = default;
   ~IdTable();
-  /// Under RCU. Null: no shrinker has this id.
-  ShrinkerGate* lookup(std::uint32_t id) const noexcept;
+  /// Under RCU. Null: no shrinker has this id. What is found may be gone, or be somebody else by now.
+  ShrinkerImpl* lookup(std::uint32_t id) const noexcept;
   /// Takes the lowest free id, sets s.id and s.generation, publishes the pointer.
   Errc insert(ShrinkerImpl& s) noexcept;
   void erase(ShrinkerImpl& s) noexcept;
@@ -178,7 +177,7 @@ class IdTable {
 
  private:
   struct Leaf {
-    RcuPtr<ShrinkerGate> slot[kFan];
+    RcuPtr<ShrinkerImpl> slot[kFan];
     std::uint32_t generation[kFan] = {};  // guarded by mutex_
   };
   struct Mid {
@@ -292,7 +291,8 @@ inline std::uint64_t call_key(std::uint32_t shrinker, std::uint32_t group, int n
   return (std::uint64_t{shrinker} + 1) << 32 | std::uint64_t{group} << 8 | static_cast<unsigned>(node);
 }
 
-/// What this thread is inside of.
+/// What this thread is inside of: a shrinker's callback, or (null) a diagnostics callback. Frames of
+/// shrinkers do not nest: reclaim, scan and counts are refused inside.
 struct CallFrame {
   Registry::Impl* reg;
   ShrinkerImpl* shrinker;
@@ -363,8 +363,8 @@ struct Registry::Impl {
   std::atomic<bool> stopping{false};
   std::atomic<bool> background_on{false};
   Atomic<std::uint32_t> background_stop{0};
-  WorkerPool* pool = nullptr;
-  Mutex pool_mutex;
+  WorkerPool* workers = nullptr;
+  Mutex workers_mutex;
 
   // Totals of all passes.
   struct alignas(64) Totals {
@@ -393,22 +393,21 @@ struct Registry::Impl {
   void move_deferred_cell(MemoryGroup& child, int node, std::uint32_t id, Unit& u) noexcept;
 
   // shrinker.cc
-  /// Memory of freed shrinkers, kept for the next alloc. Bodies are pushed and popped by owners under the
-  /// mutex; gates are pushed by the RCU worker and popped under the mutex. Both are bounded.
-  struct FreeBlock {
-    FreeBlock* next;
-  };
-  static constexpr std::uint32_t kFreeBodiesMax = 256, kFreeGatesMax = 16384;
-  std::atomic<FreeBlock*> freed_gates{nullptr};
-  std::atomic<std::uint32_t> gate_count{0};
+  /// Blocks of freed shrinkers for the next alloc; what is more goes back to the allocator by RCU.
+  static constexpr std::uint32_t kPoolMax = 1024;
+#ifdef SPILLWAY_RECLAIM_POISON
+  std::uint32_t pool_max = 0;  // the tests want to see a use after free; one sets it
+#else
+  std::uint32_t pool_max = kPoolMax;
+#endif
   Mutex blocks_mutex;
-  FreeBlock *gates = nullptr, *bodies = nullptr;  // guarded by blocks_mutex
-  std::uint32_t body_count = 0;                   // guarded by blocks_mutex
-  ShrinkerImpl* make_shrinker() noexcept;         // gate and body, unpublished
-  void drop_body(ShrinkerImpl* s) noexcept;
-  void give_gate(ShrinkerGate* g) noexcept;
+  ShrinkerImpl* pool = nullptr;     // guarded by blocks_mutex
+  std::uint32_t pool_size = 0;      // guarded by blocks_mutex
+  ShrinkerImpl* make_shrinker() noexcept;
+  void recycle(ShrinkerImpl& s) noexcept;  // no references, no slot
   void free_blocks() noexcept;
-  ShrinkerRef get(std::uint32_t id) noexcept;
+  /// The reference of step 3 in walk.cc. `there` tells an empty slot from one without a reference.
+  ShrinkerRef get(std::uint32_t id, bool* there = nullptr) noexcept;
   Errc free_shrinker(ShrinkerImpl& s, bool orphan_on_error) noexcept;
   void finish_free(ShrinkerImpl& s) noexcept;
 
@@ -425,6 +424,9 @@ struct Registry::Impl {
   void watch(std::int64_t now) noexcept;
   bool is_stuck(std::uint64_t key, bool any_inside, const WalkRecord* self_rec) const noexcept;
   ReclaimResult reclaim(const ReclaimRequest& r);
+  /// One scan call of `nr`, or one count call when `nr` is 0.
+  std::pair<CountReport, ScanReport> by_hand(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node,
+                                             std::uint64_t nr) noexcept;
   void trace_event(WalkRecord* r, const TraceEvent& e) noexcept;
 
   // background.cc

@@ -32,7 +32,7 @@ ShrinkerStats collect(const ShrinkerImpl& s, std::int64_t now) {
   o.seeks = s.seeks;
   o.batch = s.batch;
   for (unsigned i = 0; i < s.nshards; ++i) {
-    const Shard& sh = s.shards[i];
+    const Shard& sh = s.stats(i);
     o.scan_calls += sh.scan_calls.load(kRelaxed);
     o.scanned += sh.scanned.load(kRelaxed);
     o.freed_objects += sh.freed_objects.load(kRelaxed);
@@ -43,7 +43,7 @@ ShrinkerStats collect(const ShrinkerImpl& s, std::int64_t now) {
     }
   }
   for (const auto n : o.latency) o.count_calls += n;
-  const RareStats& r = *s.rare;
+  const RareStats& r = s.rare();
   o.busy = r.busy.load(kRelaxed);
   o.stops = r.stops.load(kRelaxed);
   o.empties = r.empties.load(kRelaxed);
@@ -88,6 +88,7 @@ ShrinkerStats Registry::stats(std::uint32_t id) {
 
 std::vector<CountRow> Registry::counts(std::uint32_t id) {
   std::vector<CountRow> rows;
+  if (t_frame != nullptr) return rows;
   ShrinkerRef s = impl_->get(id);
   if (!s) return rows;
   for (const GroupRef& g : groups()) {
@@ -98,20 +99,7 @@ std::vector<CountRow> Registry::counts(std::uint32_t id) {
     for (int n = 0; n < impl_->opt.nodes; ++n) {
       CountReport c;
       if (n == 0 || has(s->flags, ShrinkerFlags::kNumaAware)) {
-        ScanRequest q;
-        q.reason = Reason::kManual;
-        q.node = n;
-        q.group = g.get();
-        q.private_data = s->private_data;
-        CallFrame frame{impl_.get(), &*s, nullptr};
-        CallFrame* outer = std::exchange(t_frame, &frame);
-        s->visited.store(true, kRelaxed);
-        try {
-          c = s->count(q);
-        } catch (...) {
-          s->rare->throws.fetch_add(1, kRelaxed);
-        }
-        t_frame = outer;
+        c = impl_->by_hand(*s, s.shard(), *g, n, 0).first;
       }
       row.nodes.push_back(c);
       row.deferred.push_back(impl_->read_deferred(*g, n, *s) >> kFractionBits);

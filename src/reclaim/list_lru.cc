@@ -3,14 +3,22 @@
 // Where a list is: leaves_[group id / 256] -> list[(id % 256) * nodes + node]. Ids are reused only after
 // the last reference to the old group is gone, so a caller with a reference never meets a successor's list.
 //
-// Dead groups. remove_group stores `dead` (seq_cst), then calls group_offline. An adder locks the list
-// of its group and looks at `dead` under that lock:
-//   not dead -> its insertion is done before group_offline gets the lock, which then moves it along;
-//   dead     -> it goes to the parent.
-// A list that is installed late (after group_offline looked and found none) is harmless: its installer
-// stored the pointer (seq_cst) before it looked at `dead`, so if group_offline missed the list the
-// installer sees `dead`. Order in group_offline (weakness 3): drain under both locks, mark dead, then
-// erase the lookup entry; the memory goes after a grace period.
+// Where an object is. The rule: it is on the first list, from its group upwards, that is there and not dead;
+// so del finds the lock of the list that add has chosen, also while the group goes. What keeps the rule:
+//
+//   1 A list never becomes not-dead again, and an empty slot never gets a list once somebody has gone past it:
+//     - no memory for a list: `elsewhere`, a list that is dead for ever, takes the slot (or the leaf);
+//     - the group is dead (looked at before the slot, seq_cst): nobody makes a list any more. Somebody who
+//       had looked before may still install his (seq_cst), but every one who locks it looks at `dead` again.
+//   2 Under the lock of a list whose group is dead:
+//       empty     -> it is marked dead now, and everybody goes to the parent;
+//       not empty -> group_offline has not come yet and will take the objects along: it is still the place.
+//     A list that group_offline missed, because it was installed after its look, is empty when it is locked
+//     for the first time, as its installer and all others see `dead` then; it is taken out again at once.
+//
+// Order in group_offline (weakness 3): drain under both locks, mark dead, then erase the lookup entry; the
+// memory goes after a grace period. Child before parent; a list's group is deeper than the one it is moved
+// to, so there is no circle.
 #include "spillway/reclaim/list_lru.h"
 
 #include <utility>
@@ -25,10 +33,17 @@ constexpr std::uint32_t kLeaf = 256;
 struct alignas(64) List : RcuObject<List, Destroy<List>> {
   Mutex m;
   LruItem head;  // guarded by m; head.next = oldest
-  bool dead = false;  // guarded by m
+  bool dead;  // guarded by m
   std::atomic<std::uint64_t> items{0}, bytes{0};  // written under m, read anywhere
-  List() { head.prev = head.next = &head; }
+  explicit List(bool is_dead = false) : dead(is_dead) { head.prev = head.next = &head; }
+  bool empty() const noexcept { return head.next == &head; }  // under m
 };
+
+/// Stands in a slot whose group's objects are at the parent, for want of memory.
+List* elsewhere() noexcept {
+  static List l(true);
+  return &l;
+}
 
 void link_young(List& l, LruItem& i) noexcept {
   i.prev = l.head.prev;
@@ -49,7 +64,7 @@ void account(List& l, std::int64_t items, std::int64_t bytes) noexcept {
 
 struct ListLru::Impl {
   struct Leaf {
-    RcuPtr<List>* lists = nullptr;
+    RcuPtr<List>* lists = nullptr;  // null in no_leaf_ only
     std::uint32_t n = 0;
     ~Leaf() {
       if (lists != nullptr) release(lists, n * sizeof(RcuPtr<List>));
@@ -60,6 +75,7 @@ struct ListLru::Impl {
   std::atomic<Shrinker*> shrinker{nullptr};
   RcuPtr<Leaf>* leaves = nullptr;
   std::uint32_t nleaves = 0;
+  Leaf no_leaf;  // `elsewhere` for a whole leaf
 
   Impl(Registry& r, std::nullptr_t) noexcept
       : registry(r), nodes(static_cast<std::uint32_t>(r.options().nodes)) {}
@@ -72,49 +88,55 @@ struct ListLru::Impl {
     for (std::uint32_t i = 0; i < nleaves; ++i) new (&leaves[i]) RcuPtr<Leaf>();
     // The root's lists always exist, so that an adder who gets no memory has somewhere to go.
     for (std::uint32_t n = 0; n < nodes; ++n) {
-      if (make_list(0, n) == nullptr) throw std::bad_alloc();
+      List* l = make_list(0, n);
+      if (l == nullptr || l == elsewhere()) throw std::bad_alloc();
     }
   }
   ~Impl() {
     for (std::uint32_t i = 0; i < nleaves; ++i) {
       Leaf* l = leaves[i].load();
-      if (l == nullptr) continue;
-      for (std::uint32_t k = 0; k < l->n; ++k) destroy(l->lists[k].load());
+      if (l == nullptr || l == &no_leaf) continue;
+      for (std::uint32_t k = 0; k < l->n; ++k) {
+        if (List* list = l->lists[k].load(); list != elsewhere()) destroy(list);
+      }
       destroy(l);
     }
     release(leaves, nleaves * sizeof(RcuPtr<Leaf>));
   }
 
   RcuPtr<List>* slot(std::uint32_t group, std::uint32_t node) const noexcept {
-    Leaf* l = leaves[group / kLeaf].load();
-    return l != nullptr ? &l->lists[group % kLeaf * nodes + node] : nullptr;
+    Leaf* l = leaves[group / kLeaf].load(std::memory_order_seq_cst);
+    return l != nullptr && l->lists != nullptr ? &l->lists[group % kLeaf * nodes + node] : nullptr;
   }
   List* find(std::uint32_t group, std::uint32_t node) const noexcept {  // under RCU
     RcuPtr<List>* s = slot(group, node);
-    return s != nullptr ? s->load() : nullptr;
+    return s != nullptr ? s->load(std::memory_order_seq_cst) : nullptr;
   }
+  Leaf* make_leaf() const noexcept {
+    Leaf* l = make<Leaf>();
+    if (l == nullptr) return nullptr;
+    l->n = kLeaf * nodes;
+    l->lists = static_cast<RcuPtr<List>*>(allocate(l->n * sizeof(RcuPtr<List>)));
+    if (l->lists == nullptr) {
+      destroy(l);
+      return nullptr;
+    }
+    for (std::uint32_t i = 0; i < l->n; ++i) new (&l->lists[i]) RcuPtr<List>();
+    return l;
+  }
+  /// What is in the slot afterwards; null when the whole leaf is `elsewhere`.
   List* make_list(std::uint32_t group, std::uint32_t node) noexcept {
     RcuPtr<Leaf>& at = leaves[group / kLeaf];
-    Leaf* l = at.load();
-    if (l == nullptr) {
-      Leaf* fresh = make<Leaf>();
-      if (fresh == nullptr) return nullptr;
-      fresh->n = kLeaf * nodes;
-      fresh->lists = static_cast<RcuPtr<List>*>(allocate(fresh->n * sizeof(RcuPtr<List>)));
-      if (fresh->lists == nullptr) {
-        destroy(fresh);
-        return nullptr;
-      }
-      for (std::uint32_t i = 0; i < fresh->n; ++i) new (&fresh->lists[i]) RcuPtr<List>();
-      if (at.compare_exchange(l, fresh)) l = fresh;
-      else destroy(fresh);
+    if (Leaf* have = at.load(); have == nullptr) {
+      Leaf* fresh = make_leaf();
+      if (!at.compare_exchange(have, fresh != nullptr ? fresh : &no_leaf)) destroy(fresh);
     }
-    RcuPtr<List>& s = l->lists[group % kLeaf * nodes + node];
-    List* have = s.load();
+    RcuPtr<List>* s = slot(group, node);
+    if (s == nullptr) return nullptr;
+    List* have = s->load();
     if (have != nullptr) return have;
     List* fresh = make<List>();
-    if (fresh == nullptr) return nullptr;
-    if (s.compare_exchange(have, fresh)) return fresh;
+    if (s->compare_exchange(have, fresh != nullptr ? fresh : elsewhere())) return fresh != nullptr ? fresh : elsewhere();
     destroy(fresh);
     return have;
   }
@@ -123,29 +145,32 @@ struct ListLru::Impl {
     return node >= 0 && static_cast<std::uint32_t>(node) < nodes ? static_cast<std::uint32_t>(node) : 0;
   }
 
-  /// Locks the list where objects of `g` are now: its own, or that of the nearest living ancestor.
-  /// `create`: make it if there is none. Null: there is none. Under RCU (blocking on a list lock is
-  /// short; lists are freed after a grace period). `owner` is the group whose list it is.
+  /// Locks the list where objects of `g` are now, by the rule above; `owner` is the group whose list it is.
+  /// `create`: make one if there is none yet. Null: there is none. Under RCU (blocking on a list lock is short;
+  /// lists are freed after a grace period).
   List* lock_list(MemoryGroup& g, std::uint32_t node, bool create, MemoryGroup*& owner) noexcept {
-    for (MemoryGroup* p = &g;;) {
-      const bool last = p->parent() == nullptr;
+    for (MemoryGroup* p = &g; p != nullptr; p = p->parent()) {
+      const bool dead = p->dead();  // before the look at the slot
       List* l = find(p->id(), node);
-      if (l == nullptr && create && !p->dead()) l = make_list(p->id(), node);
-      if (l != nullptr) {
-        l->m.lock();
-        if (!l->dead && (last || !create || !p->dead())) {
-          owner = p;
-          return l;
-        }
-        l->m.unlock();
-        // Dead, or about to be drained: the parent. A `del` finds it there once it was moved.
-      } else if (!create && !p->dead()) {
-        // No list because there was no memory for one: its objects went up at once.
-        if (last) return nullptr;
+      if (l == nullptr && create && !dead) l = make_list(p->id(), node);
+      if (l == nullptr) continue;
+      l->m.lock();
+      if (!l->dead && p->dead() && l->empty()) l->dead = true;
+      if (!l->dead) {
+        owner = p;
+        return l;
       }
-      if (last) return nullptr;
-      p = p->parent();
+      l->m.unlock();
+      if (p->dead()) forget(p->id(), node, l);  // the next group of this id must not find it
     }
+    return nullptr;
+  }
+
+  /// Takes a dead list out of its slot, once. Under RCU.
+  void forget(std::uint32_t group, std::uint32_t node, List* l) noexcept {
+    RcuPtr<List>* s = slot(group, node);
+    List* const was = l;
+    if (s != nullptr && s->compare_exchange(l, nullptr) && was != elsewhere()) was->retire();
   }
 };
 
@@ -184,8 +209,6 @@ bool ListLru::add(LruItem& item, MemoryGroup& group, int node, std::uint64_t byt
   return true;
 }
 
-// The item's list may change while we look for it (its group is removed): then its lock tells, as the
-// list that held it is dead, and the next one up is tried.
 bool ListLru::del(LruItem& item, MemoryGroup& group, int node, std::uint64_t bytes) noexcept {
   const std::uint32_t n = impl_->node_of(node);
   MemoryGroup* owner = nullptr;
@@ -240,9 +263,8 @@ void ListLru::Walker::isolate(LruItem& item, std::uint64_t bytes) noexcept {
   freed_bytes_ += bytes;
 }
 
-// Outside of RCU, as isolate may take its time: the list lives because the group of the request does,
-// unless the group is removed meanwhile; `dead` (under the lock) then ends the walk, and the memory is
-// kept by `hold` below.
+// Under the list's lock and RCU throughout: `isolate` must not block, and a call is bounded by nr_to_scan. When
+// the objects of the request's group have moved to the parent, they are the parent's to scan: nothing here.
 ScanReport ListLru::walk(const ScanRequest& r, const IsolateFn& isolate) {
   ScanReport out;
   MemoryGroup* owner = nullptr;
@@ -285,18 +307,16 @@ ScanReport ListLru::walk(const ScanRequest& r, const IsolateFn& isolate) {
 
 void ListLru::group_offline(MemoryGroup& child, MemoryGroup& parent) {
   for (std::uint32_t n = 0; n < impl_->nodes; ++n) {
-    RcuPtr<List>* slot = impl_->slot(child.id(), n);
-    List* from = slot != nullptr ? slot->load() : nullptr;
-    if (from == nullptr) continue;
     MemoryGroup* owner = nullptr;
     bool moved = false;
     {
       RcuGuard guard;
-      // Child before parent; a list's group is deeper than the one it is moved to, so no circle.
+      List* from = impl_->find(child.id(), n);  // after the store of `dead`; partner: make_list
+      if (from == nullptr) continue;
       from->m.lock();
-      List* to = impl_->lock_list(parent, n, true, owner);
-      if (from->head.next != &from->head) {
+      if (!from->empty()) {
         moved = true;
+        List* to = impl_->lock_list(parent, n, true, owner);
         LruItem *first = from->head.next, *last = from->head.prev;
         first->prev = to->head.prev;
         to->head.prev->next = first;
@@ -305,16 +325,15 @@ void ListLru::group_offline(MemoryGroup& child, MemoryGroup& parent) {
         from->head.prev = from->head.next = &from->head;
         account(*to, static_cast<std::int64_t>(from->items.exchange(0, std::memory_order_relaxed)),
                 static_cast<std::int64_t>(from->bytes.exchange(0, std::memory_order_relaxed)));
+        to->m.unlock();
       }
       from->dead = true;
-      to->m.unlock();
       from->m.unlock();
+      impl_->forget(child.id(), n, from);
     }
     if (moved) {
       if (Shrinker* s = impl_->shrinker.load(std::memory_order_acquire)) s->set_bit(*owner, static_cast<int>(n));
     }
-    slot->store(nullptr);
-    from->retire();
   }
 }
 

@@ -30,6 +30,7 @@ struct Pass {
   int priority = kPriorityDefault;
   std::uint64_t claim = 0;       // not 0: units are shared out among threads
   bool leader = true;
+  unsigned helpers = 0;          // inside this leader's job; guarded by the pool's mutex
   bool low_round = false;        // second round: what `low` protects may go
   bool low_skipped = false;
   std::uint64_t scale_num = 1, scale_den = 1;  // of the group that is walked
@@ -59,8 +60,15 @@ struct Pass {
   void walk_group(MemoryGroup& g, int node, bool only_unaware) noexcept;
   void walk_bits(MemoryGroup& g, int node, bool only_unaware) noexcept;
   void visit(MemoryGroup& g, int node, std::uint32_t sid, Unit* unit, bool only_unaware) noexcept;
+  struct Visit;
   bool shrink(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node) noexcept;
-  void finish_call(ShrinkerImpl& s, std::int64_t elapsed, bool threw) noexcept;
+  bool passes_by(ShrinkerImpl& s, MemoryGroup& g, int node) noexcept;
+  ScanRequest request(const ShrinkerImpl& s, MemoryGroup& g, int node) const noexcept;
+  void scan_batches(ShrinkerImpl& s, ScanRequest& q, Visit& v) noexcept;
+  ScanReport one_scan(ShrinkerImpl& s, const ScanRequest& q, Visit& v, std::uint64_t bytes_credit) noexcept;
+  void judge(ShrinkerImpl& s, std::int64_t elapsed, bool threw) noexcept;
+  void account(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node, const Visit& v) noexcept;
+  TraceEvent event(TraceEvent::Kind kind, const ShrinkerImpl& s, const MemoryGroup& g, int node) const noexcept;
   static std::uint64_t objects_for(std::uint64_t bytes, const CountReport& c) noexcept;
 };
 

@@ -69,6 +69,7 @@ struct alignas(64) Lane {
 };
 constexpr unsigned kLanes = 8;
 Lane g_lanes[kLanes];
+std::mutex start_mutex;
 
 Head*& next_of(Head* h) noexcept { return reinterpret_cast<Head*&>(h->opaque[0]); }
 
@@ -111,7 +112,9 @@ void push(Lane& lane, Head* h) noexcept {
   do {
     next_of(h) = first;
   } while (!lane.incoming.compare_exchange_weak(first, h));
-  if (lane.in_flight.load() == 0 && lane.in_flight.exchange(1) == 0) start_batch(lane);
+  if (lane.in_flight.load() != 0) return;
+  std::lock_guard lock(start_mutex);
+  if (lane.in_flight.exchange(1) == 0) start_batch(lane);
 }
 
 }  // namespace
@@ -161,17 +164,21 @@ void rcu_barrier() noexcept { rcu_detail::barrier(); }
 void rcu_enable_fork() noexcept {
   static std::once_flag once;
   std::call_once(once, [] {
+    urcu_bp_get_default_call_rcu_data();  // made now, so that call_rcu under start_mutex needs no lock of liburcu
     pthread_atfork(
         [] {
           urcu_bp_call_rcu_before_fork();
+          rcu_detail::start_mutex.lock();
           urcu_bp_before_fork();
         },
         [] {
           urcu_bp_after_fork_parent();
+          rcu_detail::start_mutex.unlock();
           urcu_bp_call_rcu_after_fork_parent();
         },
         [] {
           urcu_bp_after_fork_child();
+          rcu_detail::start_mutex.unlock();
           urcu_bp_call_rcu_after_fork_child();
         });
   });

@@ -70,12 +70,15 @@ Clock& Clock::steady() noexcept {
 void Registry::Impl::diag(Severity sev, std::string_view what, const ShrinkerImpl* s,
                           std::string_view text) noexcept {
   if (!opt.diagnostics) return;
+  CallFrame frame{this, nullptr, nullptr};  // free and reclaim inside are refused, not a deadlock
+  CallFrame* const outer = std::exchange(t_frame, &frame);
   try {
     const std::string label = s != nullptr ? s->label() : std::string();
     opt.diagnostics({sev, what, label, text});
   } catch (...) {
     // A diagnostics callback that throws has nobody to tell.
   }
+  t_frame = outer;
 }
 
 bool Registry::Impl::Names::try_emplace_name(std::uint64_t parent, std::string_view name) noexcept {

@@ -86,6 +86,40 @@ TEST(Regression3, list_reparent_drains_then_marks_dead_then_erases) {
   }
 }
 
+// Not of the kernel, our own: while a group goes, its objects are on its list or on its parent's, and del must
+// take the lock of the one that it is on.
+TEST(ListLruReparent, add_and_del_while_the_group_goes) {
+  Registry reg;
+  ListLru lru(reg);
+  Shrinker s = simple(reg, ShrinkerFlags::kGroupAware);
+  lru.attach(&s);
+  constexpr int kThreads = 3, kEach = 8, kRounds = 600;
+  std::vector<Obj> objs(kThreads * kEach), others(kEach);
+  for (int round = 0; round < kRounds; ++round) {
+    GroupRef g = reg.create_group("g");
+    std::atomic<int> ready{0};
+    std::atomic<bool> removed{false};
+    std::vector<std::thread> threads;
+    for (int t = 0; t < kThreads; ++t) {
+      threads.emplace_back([&, t] {
+        ++ready;
+        while (!removed) {
+          for (int i = 0; i < kEach; ++i) EXPECT_TRUE(lru.add(objs[static_cast<std::size_t>(t * kEach + i)], *g, 0, 1));
+          for (int i = 0; i < kEach; ++i) EXPECT_TRUE(lru.del(objs[static_cast<std::size_t>(t * kEach + i)], *g, 0, 1));
+        }
+      });
+    }
+    while (ready < kThreads) std::this_thread::yield();
+    for (auto& o : others) EXPECT_TRUE(lru.add(o, *reg.root(), 0, 1));
+    ASSERT_EQ(reg.remove_group(*g), Errc::kOk);
+    for (auto& o : others) EXPECT_TRUE(lru.del(o, *reg.root(), 0, 1));
+    removed = true;
+    for (auto& t : threads) t.join();
+    ASSERT_EQ(lru.count(*reg.root(), 0), 0u) << "round " << round;
+    ASSERT_EQ(lru.bytes(*reg.root(), 0), 0u) << "round " << round;
+  }
+}
+
 TEST(Regression4, every_way_out_of_a_visit_puts_its_reference) {
   Registry reg({.nodes = 2, .quarantine_after = 1});
   GroupRef g = reg.create_group("g");
@@ -98,9 +132,16 @@ TEST(Regression4, every_way_out_of_a_visit_puts_its_reference) {
     impl.set_bit(*g, 1, s->id());
     s->set_bit();
   }
+  const auto stray = [&](int node) {
+    const Unit* u = RegistryAccess::impl(reg).find_unit(*g, node, 0);
+    return u != nullptr ? u->map.load() : 0;
+  };
+  EXPECT_EQ(stray(0), 7u);
   for (bool may_block : {true, false}) {
     for (int node : {kAnyNode, 0, 1}) reg.reclaim({.node = node, .may_block = may_block});
   }
+  EXPECT_EQ(stray(0) & 1, 0u) << "a bit that its owner can not have set is not walked for ever";
+  EXPECT_EQ(stray(1), 0u);
   EXPECT_EQ(unaware.free(), Errc::kOk);
   EXPECT_EQ(blocking.free(), Errc::kOk);
   EXPECT_EQ(throwing.free(), Errc::kOk);

@@ -2,24 +2,38 @@
 //
 // The life of a shrinker, and why each step is needed and in this order (S2, S3, S8):
 //
-//   alloc     1 memory, name, shards with count 0        nothing can find it
-//             2 id and slot in the radix tree            lookups find it, try_get says no: count is 0
+//   alloc     1 a block: recycled or new               its counts are 0, so nothing can hold it
+//             2 id and slot in the radix tree          lookups find it, try_get says no: count is 0
 //   register  3 every field is final
-//             4 refs[shard] = 1, release                 try_get's acquire pairs with it: whoever gets
-//                                                        a reference sees a whole shrinker (weakness 8)
+//             4 refs[shard] = 1, release               try_get's acquire pairs with it: whoever gets
+//                                                      a reference sees a whole shrinker (weakness 8)
 //   free      5 put the initial reference of each shard  from its zero on no try_get on it succeeds
-//             6 wait for the completion                  the last put of the last shard signals it; no
-//                                                        callback runs now and none will start (S3)
-//             7 slot = null, id back to the pool         only now: a walker that still holds a reference
-//                                                        in 5 or 6 must be able to tell "dying" (slot
-//                                                        there, keep the bit) from "gone" (slot empty)
-//             8 the body (callbacks, statistics) now     only references led to it, and there are none
-//             9 the gate after a grace period            a reader under RCU may have the pointer from
-//                                                        before 7 and is about to read a zero count; and
-//                                                        the signaller of 6 touches it until it leaves RCU
+//             6 wait for the completion                the last put of the last shard signals it; no
+//                                                      callback runs now and none will start (S3)
+//             7 slot = null, id back to the pool       only now: a walker that still holds a reference
+//                                                      in 5 or 6 must be able to tell "dying" (slot
+//                                                      there, keep the bit) from "gone" (slot empty)
+//             8 callbacks and name are destroyed       only references led to them, and there are none
+//             9 the block goes to the next alloc,      a lookup under RCU may have the pointer from before 7
+//               or to the allocator after a grace      and is about to read a count; and the signaller of
+//               period                                 6 touches the block until it leaves RCU
+//
+//   lookup   L1 RCU; slot -> block                     the block can not go back to the allocator
+//            L2 try_get: increment unless zero         only a registered shrinker is got, with acquire
+//            L3 block.id == id, or put and "not there" the block may serve somebody else since L1
+//            L4 leave RCU                              from here the reference alone keeps it
+//
+// Recycling without a grace period is what Linux calls SLAB_TYPESAFE_BY_RCU: between L1 and L2 a block may be
+// freed and registered again, so what L2 gets is *a* registered shrinker, whole by 4, and L3 asks whether
+// it is the one that was looked for. If it has the same id, it is: an id names one shrinker at a time. The
+// atomics of a block are therefore never constructed again; between two owners all counts are 0.
+//
+// What protects what: the reference count keeps callbacks and fields, the completion tells free that the
+// last reference is gone, the RCU head keeps the block's memory for those who only look.
 //
 // A half-built or dying shrinker has count 0 and so is not there. There is no other flag on the read
 // side; `registered` belongs to the owner and tells `free` whether 5 and 6 are due.
+// Models: tests/reclaim/spin/free_walk.pml, id_reuse.pml.
 #include <cstdio>
 #include <cstring>
 
@@ -29,137 +43,112 @@ namespace spillway::reclaim {
 
 thread_local CallFrame* t_frame = nullptr;
 
-static_assert(sizeof(ShrinkerGate) <= ShrinkerGate::kHead);
-static_assert(sizeof(ShrinkerImpl) % alignof(Shard) == 0 && sizeof(RareStats) % alignof(Shard) == 0);
-
-ShrinkerImpl::~ShrinkerImpl() {
-  NameText* n = name.load();
-  if (n != &first_name) destroy(n);
-}
+static_assert(sizeof(ShrinkerImpl) % 64 == 0 && sizeof(RareStats) % 64 == 0 && sizeof(Shard) % 64 == 0);
 
 // ---------------------------------------------------------------- memory
 
-#ifdef SPILLWAY_RECLAIM_POISON
-constexpr bool kRecycle = false;  // the tests want to see a use after free
-#else
-constexpr bool kRecycle = true;
-#endif
-
-namespace {
-void new_stats(void* body, unsigned n) noexcept {
-  auto* rare = new (static_cast<char*>(body) + sizeof(ShrinkerImpl)) RareStats();
-  auto* shards = reinterpret_cast<Shard*>(rare + 1);
-  for (unsigned i = 0; i < n; ++i) new (&shards[i]) Shard();
+ShrinkerImpl::ShrinkerImpl(Registry::Impl* registry, unsigned shards_wanted) noexcept
+    : reg(registry), nshards(shards_wanted), name(&first_name) {
+  reset_stats();
+  for (unsigned i = 0; i < nshards; ++i) new (&refs(i)) RefShard();
 }
-}  // namespace
+ShrinkerImpl::~ShrinkerImpl() = default;
+
+void ShrinkerImpl::reset_stats() noexcept {
+  new (&rare()) RareStats();
+  for (unsigned i = 0; i < nshards; ++i) new (&stats(i)) Shard();
+}
+
+void ReleaseShrinker::operator()(ShrinkerImpl* s) const noexcept {
+  const std::size_t size = ShrinkerImpl::block_size(s->nshards);
+  s->~ShrinkerImpl();
+  release(s, size);
+}
 
 ShrinkerImpl* Registry::Impl::make_shrinker() noexcept {
-  void *gate = nullptr, *body = nullptr;
   {
     Lock lock(blocks_mutex);
-    if (gates == nullptr) gates = freed_gates.exchange(nullptr, std::memory_order_acquire);
-    if (gates != nullptr) {
-      gate = std::exchange(gates, gates->next);
-      gate_count.fetch_sub(1, std::memory_order_relaxed);
-    }
-    if (bodies != nullptr) {
-      body = std::exchange(bodies, bodies->next);
-      --body_count;
+    if (ShrinkerImpl* s = pool) {
+      pool = std::exchange(s->next_free, nullptr);
+      --pool_size;
+      return s;
     }
   }
-  const unsigned n = opt.ref_shards;
-  if (gate == nullptr) gate = allocate(ShrinkerGate::block_size(n));
-  if (body == nullptr && (body = allocate(ShrinkerImpl::block_size(n))) != nullptr) new_stats(body, n);
-  if (gate == nullptr || body == nullptr) {
-    if (gate != nullptr) release(gate, ShrinkerGate::block_size(n));
-    if (body != nullptr) release(body, ShrinkerImpl::block_size(n));
-    return nullptr;
-  }
-  auto* g = new (gate) ShrinkerGate();
-  auto* s = new (body) ShrinkerImpl();
-  g->reg = s->reg = this;
-  g->body = s;
-  s->gate = g;
-  s->nshards = n;
-  g->nshards = static_cast<std::uint16_t>(n);
-  for (unsigned i = 0; i < n; ++i) new (&g->shards()[i]) RefShard();
-  s->rare = reinterpret_cast<RareStats*>(static_cast<char*>(body) + sizeof(ShrinkerImpl));
-  s->shards = reinterpret_cast<Shard*>(s->rare + 1);
-  s->name.store(&s->first_name);
-  return s;
+  void* block = allocate(ShrinkerImpl::block_size(opt.ref_shards));
+  return block != nullptr ? new (block) ShrinkerImpl(this, opt.ref_shards) : nullptr;
 }
 
-void Registry::Impl::drop_body(ShrinkerImpl* s) noexcept {
-  if (kRecycle && s->visited.load(std::memory_order_relaxed)) new_stats(s, s->nshards);
-  s->~ShrinkerImpl();
+// Steps 8 and 9. What the callbacks captured goes now, in the caller's thread.
+void Registry::Impl::recycle(ShrinkerImpl& s) noexcept {
+  s.count = nullptr;
+  s.scan = nullptr;
+  NameText* name = s.name.load();
+  if (name != &s.first_name) {
+    s.name.store(&s.first_name);
+    destroy(name);
+  }
+  if (s.visited.load(std::memory_order_relaxed)) {
+    s.reset_stats();
+    s.visited.store(false, std::memory_order_relaxed);
+    s.strikes.store(0, std::memory_order_relaxed);
+    s.quarantines.store(0, std::memory_order_relaxed);
+    s.quarantined_until_ns.store(0, std::memory_order_relaxed);
+  }
+  s.seeks = kSeeksDefault;
+  s.batch = kBatchDefault;
+  s.private_data = nullptr;
   {
     Lock lock(blocks_mutex);
-    if (kRecycle && body_count < kFreeBodiesMax) {
-      bodies = new (s) FreeBlock{bodies};
-      ++body_count;
+    if (pool_size < pool_max) {
+      s.next_free = std::exchange(pool, &s);
+      ++pool_size;
       return;
     }
   }
-  release(s, ShrinkerImpl::block_size(opt.ref_shards));
-}
-
-void RecycleGate::operator()(ShrinkerGate* g) const noexcept { g->reg->give_gate(g); }
-
-// After the grace period, on the RCU worker.
-void Registry::Impl::give_gate(ShrinkerGate* g) noexcept {
-  g->~ShrinkerGate();
-  if (!kRecycle || gate_count.load(std::memory_order_relaxed) >= kFreeGatesMax) {
-    release(g, ShrinkerGate::block_size(opt.ref_shards));
-    return;
-  }
-  gate_count.fetch_add(1, std::memory_order_relaxed);
-  auto* b = new (g) FreeBlock{freed_gates.load(std::memory_order_relaxed)};
-  while (!freed_gates.compare_exchange_weak(b->next, b, std::memory_order_release, std::memory_order_relaxed)) {
-  }
+  s.retire(ShrinkerImpl::block_size(s.nshards));
 }
 
 void Registry::Impl::free_blocks() noexcept {
-  const auto all = [](FreeBlock* list, std::size_t size) {
-    while (list != nullptr) release(std::exchange(list, list->next), size);
-  };
-  all(bodies, ShrinkerImpl::block_size(opt.ref_shards));
-  all(gates, ShrinkerGate::block_size(opt.ref_shards));
-  all(freed_gates.exchange(nullptr, std::memory_order_acquire), ShrinkerGate::block_size(opt.ref_shards));
+  while (pool != nullptr) ReleaseShrinker()(std::exchange(pool, pool->next_free));
 }
 
 // ---------------------------------------------------------------- references
 
-// Partner of the release store in register_ (acquire on success). Increment unless zero.
-bool ShrinkerGate::try_get(unsigned shard) noexcept {
-  auto& refs = shards()[shard].refs;
-  std::uint64_t v = refs.load(std::memory_order_relaxed);
+// L2. Partner of the release store in register_ (acquire on success).
+bool ShrinkerImpl::try_get(unsigned shard) noexcept {
+  auto& n = refs(shard);
+  std::uint64_t v = n.load(std::memory_order_relaxed);
   while (v != 0) {
-    if (refs.compare_exchange_weak(v, v + 1, std::memory_order_acquire, std::memory_order_relaxed)) {
-      return true;
-    }
+    if (n.compare_exchange_weak(v, v + 1, std::memory_order_acquire, std::memory_order_relaxed)) return true;
   }
   return false;
 }
 
 // Release: what the callback did happens before what free's caller does next. The completion is
-// signalled under RCU: free may return and retire *this between `done` and the wake.
-void ShrinkerGate::put(unsigned shard) noexcept {
-  if (shards()[shard].refs.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  RcuGuard keep;
-  if (live_shards.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  const std::uint32_t before = done.exchange(kDone, std::memory_order_acq_rel);
-  if (before == kOrphan) reg->finish_free(*body);
-  if (before == kWaiting) futex_wake(done, 1);
+// signalled under RCU: free may return and give the block away between `done` and the wake. (Should the
+// block serve somebody else by then, his waiter looks at his word and sleeps on.) An orphan has no owner
+// who could give the block away, so its free is finished outside of RCU: destructors may wait for RCU.
+void ShrinkerImpl::put(unsigned shard) noexcept {
+  if (refs(shard).fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  std::uint32_t before;
+  {
+    RcuGuard keep;
+    if (live_shards.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    before = done.exchange(kDone, std::memory_order_acq_rel);
+    if (before == kWaiting) futex_wake(done, 1);
+  }
+  if (before == kOrphan) reg->finish_free(*this);
 }
 
-void ShrinkerGate::drop_initial() noexcept {
-  RcuGuard keep;  // an orphan may be retired by the last put
+// Until the last put below has begun, the last shard's initial reference keeps the block.
+void ShrinkerImpl::drop_initial() noexcept {
   const unsigned n = nshards;
   for (unsigned i = 0; i < n; ++i) put(i);
 }
 
-void ShrinkerGate::wait_done() noexcept {
-  std::uint32_t seen = kOpen;
+void ShrinkerImpl::wait_done() noexcept {
+  std::uint32_t seen = done.load(std::memory_order_acquire);
+  if (seen == kDone) return;
   done.compare_exchange_strong(seen, kWaiting, std::memory_order_acq_rel, std::memory_order_acquire);
   while (done.load(std::memory_order_acquire) != kDone) futex_wait(done, kWaiting);
 }
@@ -181,7 +170,7 @@ IdTable::~IdTable() {
   }
 }
 
-ShrinkerGate* IdTable::lookup(std::uint32_t id) const noexcept {
+ShrinkerImpl* IdTable::lookup(std::uint32_t id) const noexcept {
   if (id >= kMaxShrinkers) return nullptr;  // bounds before any use (weakness 5)
   Mid* m = top_[block_of(id)].load();
   if (m == nullptr) return nullptr;
@@ -211,9 +200,9 @@ Errc IdTable::insert(ShrinkerImpl& s) noexcept {
     full_[top] |= mask(mid);
     if (~full_[top] == 0) full_top_ |= mask(top);
   }
-  s.id = s.gate->id = (top * kFan + mid) * kFan + bit;
+  s.id = (top * kFan + mid) * kFan + bit;
   s.generation = l->generation[bit];
-  l->slot[bit].store(s.gate);  // release: a lookup sees id, shards and the zero counts
+  l->slot[bit].store(&s);  // release: a lookup sees a block with zero counts
   if (s.id >= limit_.load(std::memory_order_relaxed)) limit_.store(s.id + 1, std::memory_order_release);
   size_.fetch_add(1, std::memory_order_relaxed);
   return Errc::kOk;
@@ -233,12 +222,16 @@ void IdTable::erase(ShrinkerImpl& s) noexcept {
 
 // ---------------------------------------------------------------- verbs
 
-ShrinkerRef Registry::Impl::get(std::uint32_t id) noexcept {
+ShrinkerRef Registry::Impl::get(std::uint32_t id, bool* there) noexcept {
   RcuGuard guard;
-  ShrinkerGate* g = ids.lookup(id);
-  if (g == nullptr) return {};
-  const unsigned shard = thread_slot() % g->nshards;
-  return g->try_get(shard) ? ShrinkerRef(g->body, shard) : ShrinkerRef();
+  ShrinkerImpl* s = ids.lookup(id);  // L1
+  if (there != nullptr) *there = s != nullptr;
+  if (s == nullptr) return {};
+  const unsigned shard = cpu_slot() % s->nshards;
+  if (!s->try_get(shard)) return {};  // L2
+  ShrinkerRef ref(s, shard);
+  if (s->id != id) ref.reset();       // L3
+  return ref;
 }
 
 namespace {
@@ -258,13 +251,12 @@ Shrinker Registry::alloc(ShrinkerFlags flags, std::string_view name, Errc* why) 
   ShrinkerImpl* s = impl_->make_shrinker();
   if (s == nullptr) return fail(Errc::kNoMemory);
   s->flags = flags;
-  s->gate->flags = static_cast<std::uint16_t>(flags);
+  s->flags_seen.store(static_cast<std::uint16_t>(flags), std::memory_order_relaxed);
   s->budget_ns = impl_->opt.time_budget.count();
   copy_name(s->first_name.text, name);
   const Errc e = impl_->ids.insert(*s);
   if (e != Errc::kOk) {
-    impl_->give_gate(s->gate);
-    impl_->drop_body(s);
+    impl_->recycle(*s);
     return fail(e);
   }
   return Shrinker(s);
@@ -328,11 +320,10 @@ Errc Shrinker::register_() {
   if (impl_->registered) return Errc::kState;
   impl_->registered = true;
   // The completion is whole before the first count is not zero (weakness 8).
-  ShrinkerGate& gate = *impl_->gate;
-  gate.live_shards.store(gate.nshards, std::memory_order_relaxed);
-  for (unsigned i = 0; i < gate.nshards; ++i) {
-    gate.shards()[i].refs.store(1, std::memory_order_release);  // partner: try_get
-  }
+  ShrinkerImpl& s = *impl_;
+  s.done.store(ShrinkerImpl::kOpen, std::memory_order_relaxed);
+  s.live_shards.store(s.nshards, std::memory_order_relaxed);
+  for (unsigned i = 0; i < s.nshards; ++i) s.refs(i).store(1, std::memory_order_release);  // partner: try_get
   return Errc::kOk;
 }
 
@@ -345,14 +336,14 @@ void Shrinker::set_bit(MemoryGroup& group, int node) noexcept {
 }
 void Shrinker::set_bit() noexcept { set_bit(*impl_->reg->root, 0); }
 
-// The slot is enough, registered or not (weakness 6); the gate is read under RCU only.
+// The slot is enough, registered or not (weakness 6); the block is read under RCU only.
 void Registry::set_bit(std::uint32_t id, MemoryGroup& group, int node) noexcept {
   bool all_groups = false, all_nodes = false;
   {
     RcuGuard guard;
-    const ShrinkerGate* s = impl_->ids.lookup(id);
+    const ShrinkerImpl* s = impl_->ids.lookup(id);
     if (s == nullptr) return;
-    const auto flags = static_cast<ShrinkerFlags>(s->flags);
+    const auto flags = static_cast<ShrinkerFlags>(s->flags_seen.load(std::memory_order_relaxed));
     all_groups = has(flags, ShrinkerFlags::kGroupAware);
     all_nodes = has(flags, ShrinkerFlags::kNumaAware);
   }
@@ -405,42 +396,45 @@ Errc Registry::Impl::free_shrinker(ShrinkerImpl& s, bool orphan_on_error) noexce
     finish_free(s);
     return Errc::kOk;
   }
-  Errc e = Errc::kOk;
   CallFrame* f = t_frame;
-  if (f != nullptr && f->reg == this) {
-    if (f->shrinker == &s) {
-      e = Errc::kSelfFree;
-    } else if (f->record != nullptr) {
-      f->record->waiting_for.store(std::uint64_t{s.id} + 1);
-      if (closes_circle(*this, s.id, f->shrinker->id)) e = Errc::kDeadlock;
-      if (e != Errc::kOk) f->record->waiting_for.store(0);
+  WalkRecord* rec = f != nullptr && f->reg == this ? f->record : nullptr;
+  Errc e = Errc::kOk;
+  std::string_view what = "free-deadlock", text = "callbacks on two threads free each other's shrinker";
+  if (f != nullptr && f->shrinker == nullptr) {
+    e = Errc::kState;
+    what = "free-in-diagnostics";
+    text = "a diagnostics callback frees a shrinker; the walk that reports may hold it";
+  } else if (f != nullptr && f->shrinker == &s) {
+    e = Errc::kSelfFree;
+    what = "self-free";
+    text = "a callback frees the shrinker it runs for; free it from another place";
+  } else if (rec != nullptr) {
+    // Both stores seq_cst: whoever looks after us and sees what we wait for sees where we are, too.
+    rec->key.store(rec->key.load(std::memory_order_relaxed));
+    rec->waiting_for.store(std::uint64_t{s.id} + 1);
+    if (closes_circle(*this, s.id, f->shrinker->id)) {
+      e = Errc::kDeadlock;
+      rec->waiting_for.store(0);
     }
   }
+  s.registered = e != Errc::kOk && !orphan_on_error;
   if (e != Errc::kOk) {
-    diag(Severity::kError, e == Errc::kSelfFree ? "self-free" : "free-deadlock", &s,
-         e == Errc::kSelfFree
-             ? "a callback frees the shrinker it runs for; free it from another place"
-             : "callbacks on two threads free each other's shrinker");
+    diag(Severity::kError, what, &s, text);
     if (!orphan_on_error) return e;
-    s.registered = false;
-    s.gate->done.exchange(ShrinkerGate::kOrphan, std::memory_order_acq_rel);
-    s.gate->drop_initial();
+    s.done.exchange(ShrinkerImpl::kOrphan, std::memory_order_acq_rel);
+    s.drop_initial();
     return e;
   }
-  s.registered = false;
-  s.gate->drop_initial();
-  s.gate->wait_done();
-  if (f != nullptr && f->record != nullptr) f->record->waiting_for.store(0);
+  s.drop_initial();
+  s.wait_done();
+  if (rec != nullptr) rec->waiting_for.store(0);
   finish_free(s);
   return Errc::kOk;
 }
 
-// What the callbacks captured goes now, in the caller's thread, not after a grace period in another's.
 void Registry::Impl::finish_free(ShrinkerImpl& s) noexcept {
   ids.erase(s);
-  ShrinkerGate* gate = s.gate;
-  drop_body(&s);
-  gate->retire(ShrinkerGate::block_size(gate->nshards));
+  recycle(s);
 }
 
 }  // namespace spillway::reclaim

@@ -4,11 +4,12 @@
 //     for each active group below the request's group, from where the last pass ended:
 //       1  group reference (RCU, try_get)         its units live while we hold it (S5), no RCU for them
 //       2  for each set bit, by summaries:
-//       3    RCU: look up the id, try_get, leave RCU
+//       3    RCU: look up the id, try_get, is it still that id? leave RCU (shrinker.cc L1-L4)
 //       4    no slot: nobody has this id. Clear the bit, look again, set it again if somebody has
 //            appeared (weakness 6: his adder may have set the bit before we cleared it). Slot but no
 //            reference: half-built or dying. Keep the bit: objects may have been added before
-//            register; a dead one's bit goes the next time, when the slot is empty.
+//            register; a dead one's bit goes the next time, when the slot is empty. A bit that its
+//            owner can not have set (not group-aware, not NUMA-aware) is the id's last owner's: clear it.
 //       5    count and scan, without any lock and outside of RCU
 //       6    EMPTY: clear the bit, ask once more, set it again if it was not (bits.cc)
 //       7    put (RAII). From here the shrinker may be gone; the unit is not.
@@ -36,7 +37,7 @@ void bump(std::atomic<std::uint64_t>& a, std::uint64_t n) noexcept {
 void note(Pass& p, ShrinkerImpl& s, NotFreed why, std::uint64_t n) noexcept {
   if (n == 0) return;
   p.out.not_freed[static_cast<std::size_t>(why)] += n;
-  s.rare->not_freed[static_cast<std::size_t>(why)].fetch_add(n, kRelaxed);
+  s.rare().not_freed[static_cast<std::size_t>(why)].fetch_add(n, kRelaxed);
 }
 }  // namespace
 
@@ -205,7 +206,7 @@ bool sanitize(ScanReport& r, std::uint64_t nr, std::uint64_t bytes_credit) noexc
 
 }  // namespace
 
-void Pass::finish_call(ShrinkerImpl& s, std::int64_t elapsed, bool threw) noexcept {
+void Pass::judge(ShrinkerImpl& s, std::int64_t elapsed, bool threw) noexcept {
   if (elapsed <= s.budget_ns && !threw) {
     if (s.strikes.load(kRelaxed) != 0) {
       s.strikes.store(0, kRelaxed);
@@ -213,7 +214,7 @@ void Pass::finish_call(ShrinkerImpl& s, std::int64_t elapsed, bool threw) noexce
     }
     return;
   }
-  if (elapsed > s.budget_ns) s.rare->overruns.fetch_add(1, kRelaxed);
+  if (elapsed > s.budget_ns) s.rare().overruns.fetch_add(1, kRelaxed);
   const std::uint32_t strikes = s.strikes.fetch_add(1, kRelaxed) + 1;
   if (strikes < reg.opt.quarantine_after) return;
   const std::uint32_t again = std::min(s.quarantines.fetch_add(1, kRelaxed), 6u);
@@ -222,21 +223,163 @@ void Pass::finish_call(ShrinkerImpl& s, std::int64_t elapsed, bool threw) noexce
   reg.diag(Severity::kWarning, "quarantine", &s, "overran its time budget or threw again and again");
 }
 
+/// What came of one visit.
+struct Pass::Visit {
+  std::int64_t start = 0;
+  CountReport count;
+  ScanReport last;
+  std::uint64_t calls = 0, scanned = 0, freed_objects = 0, freed_bytes = 0;
+  bool threw = false, refused = false, lied = false;
+};
+
+/// True: somebody is stuck in it here, or it is in quarantine. An operator's scan is never kept out.
+bool Pass::passes_by(ShrinkerImpl& s, MemoryGroup& g, int node) noexcept {
+  if (req.reason == Reason::kManual) return false;
+  const bool suspect = s.strikes.load(kRelaxed) != 0;
+  if (s.quarantined_until_ns.load(kRelaxed) <= now &&
+      !((suspect || reg.stuck_count.load(kRelaxed) != 0) &&
+        reg.is_stuck(call_key(s.id, g.id(), node), suspect, rec))) {
+    return false;
+  }
+  s.rare().skipped.fetch_add(1, kRelaxed);
+  note(*this, s, NotFreed::kSkipped, 1);
+  TraceEvent e = event(TraceEvent::Kind::kSkip, s, g, node);
+  e.status = ScanStatus::kBusy;
+  reg.trace_event(rec, e);
+  return true;
+}
+
+TraceEvent Pass::event(TraceEvent::Kind kind, const ShrinkerImpl& s, const MemoryGroup& g, int node) const noexcept {
+  TraceEvent e;
+  e.when = TimePoint(Nanoseconds(now));
+  e.pass = id;
+  e.kind = kind;
+  e.reason = req.reason;
+  e.shrinker_id = s.id;
+  e.group_id = g.id();
+  e.node = node;
+  e.priority = priority;
+  return e;
+}
+
+/// The scan calls of one visit, and what is left for the next (shrink_math.h).
+void Pass::scan_batches(ShrinkerImpl& s, ScanRequest& q, Visit& v) noexcept {
+  const CountReport& c = v.count;
+  const std::uint64_t deferred = reg.claim_deferred(*q.group, q.node, s);
+  const ShrinkPlan plan = plan_shrink(c.objects, deferred, priority, s.seeks, s.batch, scale_num, scale_den);
+  const std::uint64_t calls_max = 2 * (plan.total / plan.batch) + 2;
+  const std::uint64_t credit = c.bytes != 0 ? 2 * (c.bytes + c.pinned_bytes) : kUnlimited / 2;
+  bool cut = false;
+  for (std::uint64_t total = plan.total; scan_due(plan, total);) {
+    if (v.calls == calls_max || remaining() == 0) {
+      cut = true;
+      break;
+    }
+    q.target_bytes = remaining();
+    q.nr_to_scan = std::min({plan.batch, total, objects_for(q.target_bytes, c)});
+    const ScanReport r = one_scan(s, q, v, credit - std::min(credit, v.freed_bytes));
+    credit_freed(r.freed_bytes);
+    if (v.refused || r.scanned == 0 || r.status != ScanStatus::kProgress) break;  // weakness 9
+    total -= std::min(total, r.scanned);
+    if (past_deadline(reg.now_ns())) {
+      cut = true;
+      break;
+    }
+  }
+  std::uint64_t left = work_left(plan, deferred, v.scanned, v.refused);
+  if (cut) left = std::min(left, deferred);  // the target is met: nobody owes this pass's share
+  reg.add_deferred(*q.group, q.node, s, left, (2 * plan.freeable) << kFractionBits);
+  note(*this, s, NotFreed::kDeferred, left >> kFractionBits);
+}
+
+ScanReport Pass::one_scan(ShrinkerImpl& s, const ScanRequest& q, Visit& v, std::uint64_t bytes_credit) noexcept {
+  ScanReport r = call_scan(s, q, v.threw);
+  v.lied |= sanitize(r, q.nr_to_scan, bytes_credit);
+  v.refused = r.status == ScanStatus::kStop;
+  ++v.calls;
+  v.scanned += r.scanned;
+  v.freed_objects += r.freed_objects;
+  v.freed_bytes += r.freed_bytes;
+  v.last = r;
+  note(*this, s, NotFreed::kBusy, r.not_freed_busy);
+  note(*this, s, NotFreed::kDirty, r.not_freed_dirty);
+  note(*this, s, NotFreed::kReferenced, r.not_freed_referenced);
+  note(*this, s, NotFreed::kPinned, r.not_freed_pinned);
+  return r;
+}
+
+/// Statistics: the caller's shard, then rare events, then the trace.
+void Pass::account(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node, const Visit& v) noexcept {
+  now = reg.now_ns();
+  const std::int64_t elapsed = std::max<std::int64_t>(now - v.start, 0);
+  judge(s, elapsed, v.threw);
+  Shard& sh = s.stats(shard);
+  bump(sh.scan_calls, v.calls);
+  bump(sh.scanned, v.scanned);
+  bump(sh.freed_objects, v.freed_objects);
+  bump(sh.freed_bytes, v.freed_bytes);
+  bump(sh.time_ns, static_cast<std::uint64_t>(elapsed));
+  const auto bucket = std::bit_width(static_cast<std::uint64_t>(std::max<std::int64_t>(elapsed, 64)) / 64) - 1;
+  sh.latency[std::min<std::size_t>(static_cast<std::size_t>(bucket), sh.latency.size() - 1)].fetch_add(
+      1, kRelaxed);
+  RareStats& rare = s.rare();
+  if (static_cast<std::uint64_t>(elapsed) > rare.time_max_ns.load(kRelaxed)) {
+    rare.time_max_ns.store(static_cast<std::uint64_t>(elapsed), kRelaxed);
+  }
+  note(*this, s, NotFreed::kPinned, v.count.pinned_bytes);
+  if (v.threw) {
+    rare.throws.fetch_add(1, kRelaxed);
+    reg.diag(Severity::kError, "throw", &s, "a callback threw; taken as stop");
+  }
+  if (v.lied && rare.misreports.fetch_add(1, kRelaxed) == 0) {
+    reg.diag(Severity::kWarning, "misreport", &s, "scan reported more than it was asked or than there was");
+  }
+  if (v.count.is_empty) rare.empties.fetch_add(1, kRelaxed);
+  out.calls += v.calls;
+  out.scanned += v.scanned;
+  out.freed_objects += v.freed_objects;
+  out.freed_bytes += v.freed_bytes;
+  if (v.freed_bytes != 0) bump(GroupAccess::state(g).reclaimed_bytes, v.freed_bytes);
+  if (v.calls == 0) return;
+  const ScanStatus seen =
+      v.last.scanned == 0 && v.last.status == ScanStatus::kProgress ? ScanStatus::kBusy : v.last.status;
+  if (rare.last_status.load(kRelaxed) != static_cast<std::uint8_t>(seen)) {
+    rare.last_status.store(static_cast<std::uint8_t>(seen), kRelaxed);
+  }
+  if (seen == ScanStatus::kBusy) rare.busy.fetch_add(1, kRelaxed);
+  if (seen == ScanStatus::kStop) {
+    rare.stops.fetch_add(1, kRelaxed);
+    note(*this, s, NotFreed::kStopped, 1);
+  }
+  TraceEvent e = event(TraceEvent::Kind::kShrink, s, g, node);
+  e.when = TimePoint(Nanoseconds(v.start));
+  e.status = seen;
+  e.freeable = v.count.objects;
+  e.scanned = v.scanned;
+  e.freed_bytes = v.freed_bytes;
+  e.elapsed = Nanoseconds(elapsed);
+  reg.trace_event(rec, e);
+}
+
 /// True: nothing at all here (SHRINK_EMPTY).
 bool Pass::shrink(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node) noexcept {
   ++out.shrinkers;
   if (!s.visited.load(kRelaxed)) s.visited.store(true, kRelaxed);
-  const std::uint64_t key = call_key(s.id, g.id(), node);
   reg.watch(now);
-  if (req.reason != Reason::kManual) {
-    const bool suspect = s.strikes.load(kRelaxed) != 0;
-    if (s.quarantined_until_ns.load(kRelaxed) > now ||
-        ((suspect || reg.stuck_count.load(kRelaxed) != 0) && reg.is_stuck(key, suspect, rec))) {
-      s.rare->skipped.fetch_add(1, kRelaxed);
-      note(*this, s, NotFreed::kSkipped, 1);
-      return false;
-    }
+  if (passes_by(s, g, node)) return false;
+  ScanRequest q = request(s, g, node);
+  Visit v;
+  v.start = now;
+  {
+    Inside inside(*this, s, call_key(s.id, g.id(), node));
+    v.count = call_count(s, q, v.threw);
+    if (v.count.objects != 0 && !v.count.is_empty && !v.threw) scan_batches(s, q, v);
   }
+  account(s, shard, g, node, v);
+  return v.count.is_empty;
+}
+
+ScanRequest Pass::request(const ShrinkerImpl& s, MemoryGroup& g, int node) const noexcept {
   ScanRequest q;
   q.reason = req.reason;
   q.node = node;
@@ -246,115 +389,7 @@ bool Pass::shrink(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node) noe
   q.may_block = req.may_block;
   q.private_data = s.private_data;
   q.target_bytes = remaining();
-
-  const std::int64_t start = now;
-  bool threw = false, refused = false, lied = false, cut = false;
-  std::uint64_t scanned = 0, calls = 0, freed_objects = 0, freed_bytes = 0, deferred = 0;
-  ScanReport last;
-  ShrinkPlan plan;
-  CountReport c;
-  {
-    Inside inside(*this, s, key);
-    c = call_count(s, q, threw);
-    if (c.objects != 0 && !c.is_empty && !threw) {
-      deferred = reg.claim_deferred(g, node, s);
-      plan = plan_shrink(c.objects, deferred, priority, s.seeks, s.batch, scale_num, scale_den);
-      std::uint64_t total = plan.total;
-      const std::uint64_t calls_max = 2 * (total / plan.batch) + 2;
-      const std::uint64_t credit = c.bytes != 0 ? 2 * (c.bytes + c.pinned_bytes) : kUnlimited / 2;
-      while (scan_due(plan, total)) {
-        if (calls == calls_max || remaining() == 0) {
-          cut = true;
-          break;
-        }
-        q.target_bytes = remaining();
-        q.nr_to_scan = std::min({plan.batch, total, objects_for(q.target_bytes, c)});
-        ScanReport r = call_scan(s, q, threw);
-        ++calls;
-        lied |= sanitize(r, q.nr_to_scan, credit - std::min(credit, freed_bytes));
-        last = r;
-        scanned += r.scanned;
-        freed_objects += r.freed_objects;
-        freed_bytes += r.freed_bytes;
-        credit_freed(r.freed_bytes);
-        note(*this, s, NotFreed::kBusy, r.not_freed_busy);
-        note(*this, s, NotFreed::kDirty, r.not_freed_dirty);
-        note(*this, s, NotFreed::kReferenced, r.not_freed_referenced);
-        note(*this, s, NotFreed::kPinned, r.not_freed_pinned);
-        if (r.status == ScanStatus::kStop) {
-          refused = true;
-          break;
-        }
-        if (r.scanned == 0 || r.status != ScanStatus::kProgress) break;  // weakness 9
-        total -= std::min(total, r.scanned);
-        if (past_deadline(reg.now_ns())) {
-          cut = true;
-          break;
-        }
-      }
-      std::uint64_t left = work_left(plan, deferred, scanned, refused);
-      if (cut) left = std::min(left, deferred);  // the target is met: nobody owes this pass's share
-      reg.add_deferred(g, node, s, left, (2 * plan.freeable) << kFractionBits);
-      note(*this, s, NotFreed::kDeferred, left >> kFractionBits);
-    }
-  }
-  now = reg.now_ns();
-  const std::int64_t elapsed = now - start;
-  finish_call(s, elapsed, threw);
-
-  // Statistics: the caller's shard, then rare events.
-  Shard& sh = s.shards[shard];
-  bump(sh.scan_calls, calls);
-  bump(sh.scanned, scanned);
-  bump(sh.freed_objects, freed_objects);
-  bump(sh.freed_bytes, freed_bytes);
-  bump(sh.time_ns, static_cast<std::uint64_t>(std::max<std::int64_t>(elapsed, 0)));
-  const auto bucket = std::bit_width(static_cast<std::uint64_t>(std::max<std::int64_t>(elapsed, 64)) / 64) - 1;
-  sh.latency[std::min<std::size_t>(static_cast<std::size_t>(bucket), sh.latency.size() - 1)].fetch_add(
-      1, kRelaxed);
-  if (static_cast<std::uint64_t>(std::max<std::int64_t>(elapsed, 0)) > s.rare->time_max_ns.load(kRelaxed)) {
-    s.rare->time_max_ns.store(static_cast<std::uint64_t>(elapsed), kRelaxed);
-  }
-  note(*this, s, NotFreed::kPinned, c.pinned_bytes);
-  if (threw) {
-    s.rare->throws.fetch_add(1, kRelaxed);
-    reg.diag(Severity::kError, "throw", &s, "a callback threw; taken as stop");
-  }
-  if (lied && s.rare->misreports.fetch_add(1, kRelaxed) == 0) {
-    reg.diag(Severity::kWarning, "misreport", &s, "scan reported more than it was asked or than there was");
-  }
-  if (c.is_empty) s.rare->empties.fetch_add(1, kRelaxed);
-  if (calls != 0) {
-    const ScanStatus seen = last.scanned == 0 && last.status == ScanStatus::kProgress ? ScanStatus::kBusy
-                                                                                      : last.status;
-    if (s.rare->last_status.load(kRelaxed) != static_cast<std::uint8_t>(seen)) {
-      s.rare->last_status.store(static_cast<std::uint8_t>(seen), kRelaxed);
-    }
-    if (seen == ScanStatus::kBusy) s.rare->busy.fetch_add(1, kRelaxed);
-    if (seen == ScanStatus::kStop) s.rare->stops.fetch_add(1, kRelaxed);
-    if (refused) note(*this, s, NotFreed::kStopped, 1);
-    TraceEvent e;
-    e.when = TimePoint(Nanoseconds(start));
-    e.pass = id;
-    e.kind = TraceEvent::Kind::kShrink;
-    e.reason = req.reason;
-    e.status = seen;
-    e.shrinker_id = s.id;
-    e.group_id = g.id();
-    e.node = node;
-    e.priority = priority;
-    e.freeable = c.objects;
-    e.scanned = scanned;
-    e.freed_bytes = freed_bytes;
-    e.elapsed = Nanoseconds(elapsed);
-    reg.trace_event(rec, e);
-  }
-  out.calls += calls;
-  out.scanned += scanned;
-  out.freed_objects += freed_objects;
-  out.freed_bytes += freed_bytes;
-  if (freed_bytes != 0) bump(GroupAccess::state(g).reclaimed_bytes, freed_bytes);
-  return c.is_empty;
+  return q;
 }
 
 std::uint64_t Pass::objects_for(std::uint64_t bytes, const CountReport& c) noexcept {
@@ -377,17 +412,8 @@ void clear_and_recheck(Registry::Impl& reg, Unit& u, MemoryGroup& g, int node, s
 }  // namespace
 
 void Pass::visit(MemoryGroup& g, int node, std::uint32_t sid, Unit* unit, bool only_unaware) noexcept {
-  ShrinkerRef s;
   bool slot;
-  {
-    RcuGuard guard;
-    ShrinkerGate* p = reg.ids.lookup(sid);
-    slot = p != nullptr;
-    if (p != nullptr) {
-      const unsigned shard = thread_slot() % p->nshards;
-      if (p->try_get(shard)) s = ShrinkerRef(p->body, shard);
-    }
-  }
+  ShrinkerRef s = reg.get(sid, &slot);
   if (!slot) {
     if (unit == nullptr) return;
     clear_and_recheck(reg, *unit, g, node, sid, [&] {
@@ -397,8 +423,13 @@ void Pass::visit(MemoryGroup& g, int node, std::uint32_t sid, Unit* unit, bool o
     return;
   }
   if (!s) return;
-  if (!g.is_root() && !has(s->flags, ShrinkerFlags::kGroupAware)) return;
-  if (has(s->flags, ShrinkerFlags::kNumaAware) ? only_unaware : node != 0) return;
+  const bool numa = has(s->flags, ShrinkerFlags::kNumaAware);
+  if ((!g.is_root() && !has(s->flags, ShrinkerFlags::kGroupAware)) || (node != 0 && !numa)) {
+    // While we hold the owner nobody else gets the id, and he sets no bit here: no second look.
+    if (unit != nullptr) unit->map.fetch_and(~mask(bit_of(sid)), kSc);
+    return;
+  }
+  if (numa && only_unaware) return;
   if (!req.may_block && !has(s->flags, ShrinkerFlags::kNoBlock)) {
     note(*this, *s, NotFreed::kNoBlock, 1);
     return;
@@ -641,40 +672,45 @@ ReclaimResult Registry::Impl::reclaim(const ReclaimRequest& r) {
 ReclaimResult Registry::reclaim(const ReclaimRequest& r) { return impl_->reclaim(r); }
 bool Registry::in_reclaim() noexcept { return t_frame != nullptr; }
 
-// By hand (S9): one count and one scan call, no arithmetic, no skipping.
+// By hand (S9): one callback, no arithmetic, no skipping; watched and accounted like any other.
 Errc Registry::scan(std::uint32_t id, MemoryGroup& group, int node, std::uint64_t nr, ScanReport* out) {
   if (t_frame != nullptr) return Errc::kState;
-  if (node < 0 || node >= impl_->opt.nodes) return Errc::kInvalid;
+  if (node < 0 || node >= impl_->opt.nodes || &group.registry() != this) return Errc::kInvalid;
   ShrinkerRef s = impl_->get(id);
-  if (!s) return Errc::kInvalid;
-  ReclaimRequest req;
-  req.reason = Reason::kManual;
-  WalkRecord* rec = impl_->take_record();
-  Atomic<std::uint64_t> freed{0};
-  Atomic<std::uint32_t> stop{0};
-  Pass pass(*impl_, req, &group, rec, freed, stop);
-  ScanRequest q;
-  q.node = node;
-  q.group = &group;
-  q.priority = 0;
-  q.nr_to_scan = nr;
-  q.private_data = s->private_data;
-  bool threw = false;
-  ScanReport report;
-  s->visited.store(true, kRelaxed);
-  {
-    Inside inside(pass, *s, call_key(id, group.id(), node));
-    report = call_scan(*s, q, threw);
+  if (!s || (!group.is_root() && !has(s->flags, ShrinkerFlags::kGroupAware)) ||
+      (node != 0 && !has(s->flags, ShrinkerFlags::kNumaAware))) {
+    return Errc::kInvalid;
   }
-  impl_->give_record(rec);
-  if (threw) s->rare->throws.fetch_add(1, kRelaxed);
-  Shard& sh = s->shards[s.shard()];
-  bump(sh.scan_calls, 1);
-  bump(sh.scanned, report.scanned);
-  bump(sh.freed_objects, report.freed_objects);
-  bump(sh.freed_bytes, report.freed_bytes);
+  const ScanReport report = impl_->by_hand(*s, s.shard(), group, node, nr).second;
   if (out != nullptr) *out = report;
   return Errc::kOk;
+}
+
+std::pair<CountReport, ScanReport> Registry::Impl::by_hand(ShrinkerImpl& s, unsigned shard, MemoryGroup& g, int node,
+                                                           std::uint64_t nr) noexcept {
+  ReclaimRequest req;
+  req.reason = Reason::kManual;
+  WalkRecord* rec = take_record();
+  Atomic<std::uint64_t> freed{0};
+  Atomic<std::uint32_t> stop{0};
+  Pass pass(*this, req, &g, rec, freed, stop);
+  pass.priority = kPriorityMax;
+  s.visited.store(true, kRelaxed);
+  ScanRequest q = pass.request(s, g, node);
+  Pass::Visit v;
+  v.start = pass.now;
+  {
+    Inside inside(pass, s, call_key(s.id, g.id(), node));
+    if (nr == 0) {
+      v.count = call_count(s, q, v.threw);
+    } else {
+      q.nr_to_scan = nr;
+      pass.one_scan(s, q, v, kUnlimited);
+    }
+  }
+  pass.account(s, shard, g, node, v);
+  give_record(rec);
+  return {v.count, v.last};
 }
 
 }  // namespace spillway::reclaim

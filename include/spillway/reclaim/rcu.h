@@ -112,14 +112,15 @@ class RcuObject : private rcu_detail::Head {
   }
 };
 
-/// A published pointer. store = release, load = acquire (consume is not to be had).
+/// A published pointer. store = release, load = acquire (consume is not to be had); exchanges are seq_cst,
+/// so that an installer that looks at a flag afterwards has a partner in who sets the flag and looks here.
 template <class T>
 class RcuPtr {
  public:
   constexpr RcuPtr(T* p = nullptr) noexcept : p_(p) {}
-  T* load() const noexcept {
+  T* load(std::memory_order order = std::memory_order_acquire) const noexcept {
     rcu_detail::interleave_access();
-    return p_.load(std::memory_order_acquire);
+    return p_.load(order);
   }
   void store(T* p) noexcept {
     rcu_detail::interleave_access();
@@ -127,11 +128,11 @@ class RcuPtr {
   }
   T* exchange(T* p) noexcept {
     rcu_detail::interleave_access();
-    return p_.exchange(p, std::memory_order_acq_rel);
+    return p_.exchange(p, std::memory_order_seq_cst);
   }
   bool compare_exchange(T*& expected, T* desired) noexcept {
     rcu_detail::interleave_access();
-    return p_.compare_exchange_strong(expected, desired, std::memory_order_acq_rel,
+    return p_.compare_exchange_strong(expected, desired, std::memory_order_seq_cst,
                                       std::memory_order_acquire);
   }
 

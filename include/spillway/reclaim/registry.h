@@ -29,7 +29,7 @@ struct RegistryOptions {
   std::uint32_t trace_events = 1024;    ///< ring of the pass trace
   DiagnosticFn diagnostics;
   Clock* clock = nullptr;               ///< null = Clock::steady()
-  /// Tests: called by every pass; true = behave as if memory were short (openzfs's habit).
+  /// Tests: called by every try_charge; true = reclaim first, as if memory were short (openzfs's habit).
   std::function<bool()> fake_low_memory;
 };
 
@@ -159,7 +159,7 @@ class Registry {
 
   // ---- reclaim ----
   ReclaimResult reclaim(const ReclaimRequest& r);
-  /// True while this thread runs inside a shrinker callback of any registry.
+  /// True while this thread runs inside a callback (shrinker's or diagnostics) of any registry.
   static bool in_reclaim() noexcept;
 
   /// Physical bytes a node may hold and where its background thread starts and rests. Usage of a node
@@ -176,8 +176,10 @@ class Registry {
   // ---- introspection (S9) ----
   std::vector<ShrinkerStats> list();
   ShrinkerStats stats(std::uint32_t shrinker_id);  ///< name empty when there is none
+  /// Asks it now, group by group and node by node. Empty inside a callback, or when there is none.
   std::vector<CountRow> counts(std::uint32_t shrinker_id);
-  /// One scan call by hand, as debugfs `scan`.
+  /// One scan call by hand, as debugfs `scan`. kState inside a callback; kInvalid: no such shrinker, or one
+  /// that does not know this group or node.
   Errc scan(std::uint32_t shrinker_id, MemoryGroup& group, int node, std::uint64_t nr,
             ScanReport* out = nullptr);
   std::vector<TraceEvent> trace() const;

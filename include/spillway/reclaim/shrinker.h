@@ -33,8 +33,8 @@ class Shrinker {
     }
     return *this;
   }
-  /// Frees. Inside the shrinker's own callback it can not wait for itself: that is reported as
-  /// "self-free" and the shrinker goes as soon as the callback has returned.
+  /// Frees. Where free() would refuse, as inside the shrinker's own callback, that is reported ("self-free")
+  /// and the shrinker goes with the last reference, as soon as the callback has returned.
   ~Shrinker() { destroy(); }
 
   explicit operator bool() const noexcept { return impl_ != nullptr; }
@@ -55,7 +55,8 @@ class Shrinker {
 
   /// S3: when this returns kOk no callback runs and none will start; the owner may destroy its data.
   /// Works on a never-registered shrinker alike. Waits only for callbacks of *this* shrinker.
-  /// kSelfFree / kDeadlock: nothing happened, the shrinker is still registered.
+  /// kSelfFree, kDeadlock (callbacks of this registry that free each other), kState (inside a diagnostics
+  /// callback): nothing happened, the shrinker is still registered.
   Errc free();
 
   std::uint32_t id() const noexcept;

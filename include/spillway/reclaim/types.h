@@ -137,7 +137,8 @@ enum class NotFreed : std::uint8_t {
 inline constexpr int kNotFreedReasons = 9;
 std::string_view to_string(NotFreed r) noexcept;
 
-/// Diagnostics: the library never prints. Called from any thread, without locks held.
+/// Diagnostics: the library never prints. Called from any thread, without locks held, but the walk that
+/// reports may hold the shrinker it names: inside, free answers kState and reclaim kRecursion.
 enum class Severity : std::uint8_t { kInfo, kWarning, kError };
 struct Diagnostic {
   Severity severity = Severity::kInfo;

@@ -1,4 +1,5 @@
-/* Free against walk: src/reclaim/shrinker.cc steps 3..8, walk.cc steps 3..7. Two shards, two walkers.
+/* Free against walk: src/reclaim/shrinker.cc steps 3..9, walk.cc steps 3..7, where the block goes back to the
+ * allocator (recycle.pml: where it serves the next one). Two shards, two walkers.
  * Mutants: NO_REF    the walker calls back without a reference
  *          NO_WAIT   free does not wait for the completion
  *          NO_GRACE  memory is freed without a grace period
