@@ -47,8 +47,7 @@ int port_cache_init(const char *name) {
 }
 
 void port_cache_add(unsigned long n) {
-  if (atomic_fetch_add(&cache.nr_cached, n) == 0)
-    set_shrinker_bit(0, 0, cache.shrinker->id);
+  atomic_fetch_add(&cache.nr_cached, n);
 }
 unsigned long port_cache_size(void) { return atomic_load(&cache.nr_cached); }
 int port_cache_id(void) { return cache.shrinker->id; }

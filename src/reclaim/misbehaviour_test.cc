@@ -180,6 +180,60 @@ TEST(Misbehaviour, blocked_shrinker_is_passed_by_and_delays_nobody) {  // S6
   EXPECT_EQ(reg.stats(blocked.id()).skipped, entered == 1 ? reg.stats(blocked.id()).skipped : 0u);
 }
 
+// A reaction that comes to mind: free what was put into quarantine, at once. The walk still holds it.
+TEST(Misbehaviour, free_in_a_diagnostics_callback_is_told_not_a_deadlock) {
+  Shrinker s;
+  Errc seen = Errc::kOk;
+  ReclaimStatus inner = ReclaimStatus::kReached;
+  Registry reg({.quarantine_after = 1, .diagnostics = [&](const Diagnostic& d) {
+    if (d.what != "quarantine") return;
+    seen = s.free();
+    inner = reg.reclaim({}).status;
+  }});
+  s = make(reg, always(10), [](const ScanRequest&) -> ScanReport { throw 1; });
+  reg.reclaim({});
+  EXPECT_EQ(seen, Errc::kState);
+  EXPECT_EQ(inner, ReclaimStatus::kRecursion);
+  EXPECT_EQ(s.free(), Errc::kOk);
+}
+
+// By hand: counts() is a callback like any other, so it does not nest, and a circle through it is seen.
+TEST(Misbehaviour, counts_inside_a_callback_asks_nobody) {
+  Registry reg;
+  std::size_t rows = 1;
+  Shrinker s = reg.alloc(ShrinkerFlags::kNone, "s");
+  s.set_count([&](const ScanRequest&) {
+    rows = reg.counts(s.id()).size();
+    EXPECT_EQ(s.free(), Errc::kSelfFree);
+    return CountReport{};
+  });
+  s.set_scan([](const ScanRequest&) { return ScanReport{}; });
+  s.register_();
+  EXPECT_EQ(reg.counts(s.id()).size(), 1u);
+  EXPECT_EQ(rows, 0u);
+  GroupRef g = reg.create_group("g");
+  EXPECT_EQ(reg.scan(s.id(), *g, 0, 1), Errc::kInvalid) << "it does not know groups";
+}
+
+// An orphan's last put destroys what the callbacks captured; that may wait for a grace period.
+TEST(Misbehaviour, an_orphan_takes_its_captures_along_outside_of_rcu) {
+  Registry reg;
+  auto lru = std::make_shared<ListLru>(reg);
+  std::weak_ptr<ListLru> seen = lru;
+  auto s = std::make_unique<Shrinker>(reg.alloc(ShrinkerFlags::kNone, "orphan"));
+  s->set_count([&s, lru](const ScanRequest&) {
+    s.reset();
+    return CountReport{};
+  });
+  s->set_scan([](const ScanRequest&) { return ScanReport{}; });
+  s->register_();
+  s->set_bit();
+  lru.reset();
+  reg.reclaim({.priority = 0});
+  EXPECT_TRUE(seen.expired());
+  EXPECT_TRUE(reg.list().empty());
+}
+
 TEST(Misbehaviour, deadline_ends_a_pass) {
   Registry reg;
   Shrinker s = make(reg, always(1'000'000), [&](const ScanRequest& q) { return ScanReport{q.nr_to_scan, 0, 0}; });

@@ -26,8 +26,8 @@ char grace_period_tag;
 #endif
 
 namespace {
-constexpr std::uint64_t kBacklogLimit = 200'000;
-constexpr int kPressTurns = 20;
+[[maybe_unused]] constexpr std::uint64_t kBacklogLimit = 200'000;
+[[maybe_unused]] constexpr int kPressTurns = 20;
 thread_local bool t_in_worker = false;  // the worker must not wait for itself
 std::atomic<std::uint64_t> g_retired{0}, g_deleted{0}, g_backlog_bytes{0}, g_backlog_max{0};
 

@@ -2,6 +2,8 @@
 // meant for the sanitizers too: what corrupted memory there must be seen here. Number 9 is in
 // misbehaviour_test.cc and shrink_math_test.cc.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <random>
@@ -281,6 +283,92 @@ TEST(Charges, reparenting_keeps_every_byte_once) {
   EXPECT_EQ(reg.root()->usage_exact(), 0u);
   EXPECT_EQ(reg.node_usage(0), 0u);
 }
+
+// The stated bound, hierarchical and with more threads than stocks: real <= usage <= real + n * slots * batch.
+TEST(Charges, error_bound_holds_for_a_tree_with_more_threads_than_stocks) {
+  constexpr std::uint64_t kBatch = 1000;
+  constexpr unsigned kSlots = 2;
+  Registry reg({.charge_slots = kSlots, .charge_batch_bytes = kBatch});
+  GroupRef top = reg.create_group("top");
+  std::vector<GroupRef> leaf;
+  for (int i = 0; i < 3; ++i) leaf.push_back(reg.create_group("leaf" + std::to_string(i), top.get()));
+  std::vector<std::atomic<std::uint64_t>> real(leaf.size());
+  for (int round = 0; round < 20; ++round) {
+    std::vector<std::thread> threads;
+    for (unsigned t = 0; t < 5; ++t) {
+      threads.emplace_back([&, t] {
+        std::mt19937 rng(round * 5 + t);
+        for (int i = 0; i < 400; ++i) {
+          const std::size_t k = rng() % leaf.size();
+          const std::uint64_t n = rng() % 700 + 1;
+          std::uint64_t have = real[k].load();
+          if (rng() % 2 == 0) {
+            ASSERT_TRUE(leaf[k]->try_charge(n));
+            real[k] += n;
+          } else if (have >= n && real[k].compare_exchange_strong(have, have - n)) {
+            leaf[k]->uncharge(n);
+          }
+        }
+      });
+    }
+    for (auto& t : threads) t.join();
+    std::uint64_t sum = 0;
+    for (std::size_t k = 0; k < leaf.size(); ++k) {
+      sum += real[k];
+      ASSERT_GE(leaf[k]->usage(), real[k]);
+      ASSERT_LE(leaf[k]->usage(), real[k] + kSlots * kBatch);
+    }
+    ASSERT_GE(top->usage(), sum);
+    ASSERT_LE(top->usage(), sum + 4 * kSlots * kBatch);
+  }
+  std::uint64_t sum = 0;
+  for (std::size_t k = 0; k < leaf.size(); ++k) {
+    ASSERT_EQ(leaf[k]->usage_exact(), real[k]);
+    sum += real[k];
+  }
+  ASSERT_EQ(top->usage_exact(), sum);
+  for (std::size_t k = 0; k < leaf.size(); ++k) leaf[k]->uncharge(real[k]);
+}
+
+#if !defined(__SANITIZE_THREAD__) && !defined(SPILLWAY_TSAN)
+// A child that forked amid a storm of retiring can retire, wait for it, and run a registry of its own.
+TEST(Fork, child_of_a_busy_parent_goes_on) {
+  Registry reg;
+  std::atomic<bool> end{false};
+  std::vector<std::thread> storm;
+  struct Node : RcuObject<Node> {};
+  for (int t = 0; t < 2; ++t) {
+    storm.emplace_back([&] {
+      while (!end) {
+        (new Node)->retire();
+        Shrinker s = simple(reg, ShrinkerFlags::kNone);
+      }
+    });
+  }
+  for (int i = 0; i < 40; ++i) {
+    const pid_t child = ::fork();
+    ASSERT_GE(child, 0);
+    if (child == 0) {
+      ::alarm(60);
+      (new Node)->retire();
+      rcu_barrier();
+      {
+        Registry own;
+        Shrinker s = simple(own, ShrinkerFlags::kNone, [](const ScanRequest&) { return CountReport{1, 1, 0}; });
+        s.set_bit();
+        if (own.reclaim({}).shrinkers == 0) ::_exit(2);
+      }
+      ::_exit(0);
+    }
+    int status = 0;
+    ASSERT_EQ(::waitpid(child, &status, 0), child);
+    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "fork " << i << ": status " << status;
+    if (HasFailure()) break;
+  }
+  end = true;
+  for (auto& t : storm) t.join();
+}
+#endif
 
 }  // namespace
 }  // namespace spillway::reclaim

@@ -40,7 +40,10 @@ std::uint64_t object_bytes(const CShrinker& s) { return s.object_bytes != 0 ? s.
 sr::CountReport count(CShrinker& s, const sr::ScanRequest& q) {
   shrink_control sc = control_of(q);
   const unsigned long n = s.count_objects(&s, &sc);
-  if (n == SHRINK_EMPTY) return sr::CountReport::empty();
+  // A kernel shrinker that is not memcg-aware sets no bits, so its bits must stay; for it EMPTY is nothing now.
+  if (n == SHRINK_EMPTY) {
+    return (s.flags & SHRINKER_MEMCG_AWARE) != 0 ? sr::CountReport::empty() : sr::CountReport{};
+  }
   return {n, n * object_bytes(s), 0, false};
 }
 
@@ -105,8 +108,10 @@ void shrinker_register(struct shrinker* shrinker) {
   s->handle.set_batch(s->batch > 0 ? static_cast<unsigned>(s->batch) : 0);
   s->handle.set_private_data(s->private_data);
   s->handle.register_();
-  // A kernel shrinker that is not group-aware sets no bits; it is asked as long as it lives.
-  s->handle.set_bit();
+  // One that is not memcg-aware is asked as long as it lives, one that is once for what it held before.
+  sr::Registry& r = spillway_c_registry();
+  const sr::GroupRef root = r.root();
+  for (int node = 0; node < r.options().nodes; ++node) s->handle.set_bit(*root, node);
 }
 
 void shrinker_free(struct shrinker* shrinker) {

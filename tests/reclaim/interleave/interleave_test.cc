@@ -55,10 +55,14 @@ TEST(Interleave, same_seed_gives_the_same_schedule) {
   EXPECT_NE(once(1).trace_hash, once(2).trace_hash);
 }
 
-// Free against two walkers, register while they walk: S2, S3. Data is poisoned when free returns.
-TEST(Interleave, free_register_and_walk) {
+// Free against two walkers, register while they walk: S2, S3. Data is poisoned when free returns. Once with blocks
+// that go back to the allocator (and are poisoned there), once with blocks that serve the next one at once.
+class FreeAndWalk : public testing::TestWithParam<std::uint32_t> {};
+INSTANTIATE_TEST_SUITE_P(Interleave, FreeAndWalk, testing::Values(0u, 16u));
+TEST_P(FreeAndWalk, free_register_and_walk) {
   for_seeds([](std::uint64_t seed) {
     Registry reg(small());
+    RegistryAccess::impl(reg).pool_max = GetParam();
     struct Data {
       int alive = 42;
     };
@@ -151,7 +155,70 @@ TEST(Interleave, id_reuse_keeps_the_new_owners_bit) {
   });
 }
 
+// L3: a block is freed and serves another id while a walker is about to take a reference on it.
+TEST(Interleave, a_recycled_block_is_not_called_for_its_last_id) {
+  for_seeds([](std::uint64_t seed) {
+    Registry reg(small());
+    Registry::Impl& impl = RegistryAccess::impl(reg);
+    impl.pool_max = 16;
+    const auto fill = [](Shrinker& s) {
+      s.set_count([](const ScanRequest&) { return CountReport{1, 1, 0}; });
+      s.set_scan([](const ScanRequest&) { return ScanReport{1, 0, 0}; });
+    };
+    Shrinker old = reg.alloc(ShrinkerFlags::kNone, "old"), other = reg.alloc(ShrinkerFlags::kNone, "other");
+    const ShrinkerImpl* block = RegistryAccess::impl(old);
+    fill(old);
+    old.register_();
+    const auto look = [&] {
+      for (int i = 0; i < 30; ++i) {
+        if (ShrinkerRef s = impl.get(0)) { EXPECT_EQ(s->id, 0u); }
+      }
+    };
+    interleave::run(seed, {look, look, look, look, [&] {
+        old.free();
+        other.free();  // the pool hands out the last block first, ids go from the lowest: they cross over
+        Shrinker zero = reg.alloc(ShrinkerFlags::kNone, "zero"), one = reg.alloc(ShrinkerFlags::kNone, "one");
+        EXPECT_EQ(one.id(), 1u);
+        EXPECT_EQ(RegistryAccess::impl(one), block);
+        fill(one);
+        one.register_();
+        for (int i = 0; i < 20; ++i) interleave_point();
+        one.free();
+      }});
+  });
+}
+
 struct Obj : LruItem {};
+
+// While the group goes: add and del find the same list. One thread per object, as a cache would have it.
+TEST(Interleave, add_and_del_while_the_group_goes) {
+  for_seeds([](std::uint64_t seed) {
+    Registry reg(small());
+    ListLru lru(reg);
+    Shrinker s = reg.alloc(ShrinkerFlags::kGroupAware, "s");
+    lru.attach(&s);
+    GroupRef top = reg.create_group("top"), g = reg.create_group("g", top.get());
+    Obj objs[4];
+    const auto body = [&](int first) {
+      return [&, first] {
+        for (int round = 0; round < 2; ++round) {
+          for (int i = first; i < first + 2; ++i) EXPECT_TRUE(lru.add(objs[i], *g, 0, 10));
+          for (int i = first; i < first + 2; ++i) EXPECT_TRUE(lru.del(objs[i], *g, 0, 10));
+        }
+      };
+    };
+    interleave::run(seed, {body(0), body(2), [&] { EXPECT_EQ(reg.remove_group(*g), Errc::kOk); }});
+    EXPECT_EQ(lru.count(*top, 0), 0u);
+    EXPECT_EQ(lru.bytes(*top, 0), 0u);
+    const std::uint32_t id = g->id();
+    g.reset();
+    GroupRef next = reg.create_group("next");
+    EXPECT_EQ(next->id(), id);
+    EXPECT_TRUE(lru.add(objs[0], *next));
+    EXPECT_EQ(lru.count(*next, 0), 1u) << "the next group of the id has a list of its own";
+    EXPECT_TRUE(lru.del(objs[0], *next));
+  });
+}
 
 // Removing a group under adders: objects, deferred work and charges arrive in the parent exactly once.
 TEST(Interleave, remove_group_moves_everything_once) {
