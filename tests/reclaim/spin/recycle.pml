@@ -7,7 +7,7 @@
  *          STALE     register forgets to reset the completion: the second free does not wait
  */
 byte refs[2], live_shards, life, id;   /* the block; life: whose callbacks it holds */
-bool done;
+bool completed;
 bool slot[2];
 bool alive[4];
 byte id_of[4];
@@ -19,7 +19,7 @@ inline put(sh) {
   :: last ->
      atomic { assert(live_shards > 0); live_shards--; last = (live_shards == 0) }
      if
-     :: last -> done = true
+     :: last -> completed = true
      :: else
      fi
   :: else
@@ -56,18 +56,18 @@ inline serve(k, new_id) {
   alive[k] = true; id_of[k] = new_id;
 #ifdef HALF
   slot[new_id] = true; refs[0] = 1; refs[1] = 1;
-  id = new_id; life = k; done = false; live_shards = 2;
+  id = new_id; life = k; completed = false; live_shards = 2;
 #else
   id = new_id; slot[new_id] = true; life = k;
 #ifndef STALE
-  done = false;
+  completed = false;
 #endif
   live_shards = 2; refs[0] = 1; refs[1] = 1;
 #endif
   put(0);
   put(1);
 #ifndef NO_WAIT
-  done;
+  completed;
 #endif
   slot[new_id] = false;
   alive[k] = false
