@@ -481,6 +481,9 @@ SourceResult open_cgroup_v2_events(const std::string& dir, std::uint64_t headroo
   UniqueFd fd(::inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
   if (fd.get() < 0) return fail_errno("inotify");
   if (::inotify_add_watch(fd.get(), file.c_str(), IN_MODIFY) < 0) return fail_errno(file);
+  // A cgroup that is removed tells its own watchers nothing; its parent's are told (seen on Linux 6.1).
+  const std::size_t slash = dir.find_last_of('/', dir.find_last_not_of('/'));
+  if (slash != dir.npos && slash != 0) ::inotify_add_watch(fd.get(), dir.substr(0, slash).c_str(), IN_DELETE | IN_ONLYDIR);
   return made<CgroupV2Source>(std::move(fd), dir, headroom);
 }
 

@@ -191,8 +191,13 @@ TEST(PressureGroup, own_high_limit_signals) {
 }
 
 TEST(PressureCgroupV2, events_and_distance_less_page_cache) {
-  // The files of a cgroup v2 directory; the real ones are read in the guest test (tests/reclaim/guest).
-  TempDir dir;
+  // The files of a cgroup v2 directory; the real ones are read in a guest (tests/vm/full_reclaim_test.py).
+  TempDir outer;
+  struct {
+    std::string path;
+    void write(const std::string& name, const std::string& text) const { std::ofstream(path + "/" + name) << text; }
+  } dir{outer.path + "/group"};
+  ASSERT_EQ(::mkdir(dir.path.c_str(), 0700), 0);
   dir.write("memory.events", "low 0\nhigh 0\nmax 0\noom 0\n");
   dir.write("memory.high", "104857600\n");
   dir.write("memory.max", "max\n");
@@ -208,6 +213,13 @@ TEST(PressureCgroupV2, events_and_distance_less_page_cache) {
   ASSERT_TRUE(e);
   EXPECT_EQ(e->level, PressureLevel::kMedium);
   EXPECT_EQ(e->target_bytes, 6u << 20);
+  EXPECT_FALSE(r.source->failed());
+  ASSERT_EQ(std::system(("rm -r " + dir.path).c_str()), 0);
+  for (int i = 0; i < 100 && !r.source->failed(); ++i) {
+    ASSERT_EQ(::poll(&p, 1, 10'000), 1) << "the removal of the cgroup is told";
+    r.source->on_ready({}, POLLIN);
+  }
+  EXPECT_TRUE(r.source->failed());
   EXPECT_EQ(open_cgroup_v2_events("/no/such/cgroup").error, Errc::kUnsupported);
 }
 
