@@ -85,12 +85,12 @@ bool SimReactor::advance(uint64_t limit_ns) {
 void SimReactor::turn(bool may_sleep) {
   become_current();
   bool worked = run_messages();
-  if (!pollers_.empty()) worked |= poll_pollers();
   if (has_ready()) {
     if (shuffle_) std::shuffle(ready_.begin(), ready_.end(), random_);
     run_ready();
-    return;
+    worked = true;
   }
+  if (!pollers_.empty()) worked |= poll_pollers();  // after what is ready, as in a real round
   if (worked || !may_sleep) return;
   // Nothing can run and no timer is left: the simulation waits for something that never comes.
   SPILLWAY_ASSERT(advance(UINT64_MAX) || stop_.load());
