@@ -14,6 +14,7 @@ namespace {
 
 constexpr uint32_t kSmall = 4096, kLarge = 128 * 1024;
 constexpr uint32_t kDepths[] = {1, 2, 4, 8, 16, 24, 32, 48, 64};
+constexpr uint32_t kLargeDepths[] = {4, 8, 12, 16, 24, 32};
 constexpr double kKnee = 0.97;  // of the greatest throughput
 constexpr uint32_t kSamples = 64;  // blocks that writes put back
 
@@ -107,6 +108,15 @@ QosModel::Linear line(double small_s, double large_s) {
   return l;
 }
 
+// One step beyond the first depth that is good enough: a little too deep costs latency, too shallow throughput.
+uint32_t knee(const std::vector<Calibration::Point>& curve) {
+  double most = 0;
+  for (auto& p : curve) most = std::max(most, p.iops);
+  for (size_t i = 0; i < curve.size(); ++i)
+    if (curve[i].iops >= kKnee * most) return curve[std::min(i + 1, curve.size() - 1)].depth;
+  return curve.back().depth;
+}
+
 Task<Status> take_samples(Slice* s) {
   const uint64_t blocks = s->leaf->size() / kLarge;
   for (uint32_t i = 0; i < kSamples; ++i) {
@@ -127,6 +137,8 @@ Task<Status> take_samples(Slice* s) {
 std::string Calibration::to_text() const {
   std::string text = "# 4 KiB random reads by depth:";
   for (auto& p : curve) text += fmt::format(" {}:{:.0f}/s", p.depth, p.iops);
+  text += "\n# 128 KiB random reads by depth:";
+  for (auto& p : large_curve) text += fmt::format(" {}:{:.0f}/s", p.depth, p.iops);
   return text + "\n" + model.to_text();
 }
 
@@ -146,6 +158,8 @@ Task<Result<Calibration>> calibrate(VolumePtr leaf, CalibrateOptions options) {
   }
   std::vector<Shape> shapes;
   for (uint32_t d : kDepths) shapes.push_back({IoKind::kReadRandom, kSmall, d, false});
+  const size_t first_large = shapes.size();
+  for (uint32_t d : kLargeDepths) shapes.push_back({IoKind::kReadRandom, kLarge, d, false});
   const size_t first_cost = shapes.size();
   const size_t kinds = writes ? kTransferKinds : 2;
   for (size_t k = 0; k < kinds; ++k)
@@ -167,19 +181,15 @@ Task<Result<Calibration>> calibrate(VolumePtr leaf, CalibrateOptions options) {
     }
   Calibration c;
   c.model.calibrated = true;
-  double most = 0;
-  for (size_t i = 0; i < first_cost; ++i) {
-    c.curve.push_back({shapes[i].depth, median(ops[i])});
-    most = std::max(most, c.curve.back().iops);
-  }
-  // One step beyond the first depth that is good enough: a little too deep costs latency, too shallow throughput.
-  for (size_t i = 0; i < c.curve.size(); ++i)
-    if (c.curve[i].iops >= kKnee * most) {
-      c.model.depth = c.curve[std::min(i + 1, c.curve.size() - 1)].depth;
-      break;
-    }
+  for (size_t i = 0; i < first_large; ++i) c.curve.push_back({shapes[i].depth, median(ops[i])});
+  for (size_t i = first_large; i < first_cost; ++i) c.large_curve.push_back({shapes[i].depth, median(ops[i])});
+  c.model.depth = knee(c.curve);
   for (size_t k = 0; k < kinds; ++k)
     c.model.io[k] = line(median(ops[first_cost + 2 * k]), median(ops[first_cost + 2 * k + 1]));
+  // So that large requests at their knee take the whole depth: depth / large knee = 1 + part * (ratio of costs - 1).
+  const double ratio = c.model.io[0].cost(kLarge) / c.model.io[0].cost(kSmall);
+  const double units = static_cast<double>(c.model.depth) / knee(c.large_curve);
+  c.model.unit_part = ratio > 1.1 ? std::clamp((units - 1) / (ratio - 1), 0.0, 1.0) : 1.0;
   if (writes) {
     // What the flushes left of the time, writes at their own cost; a flush is never cheaper than a write.
     const double write_ns = c.model.io[static_cast<size_t>(IoKind::kWriteRandom)].cost(kSmall);

@@ -29,7 +29,8 @@ struct Calibration {
     uint32_t depth;
     double iops;
   };
-  std::vector<Point> curve;  // 4 KiB random reads
+  std::vector<Point> curve;        // 4 KiB random reads
+  std::vector<Point> large_curve;  // 128 KiB
   std::string to_text() const;
 };
 

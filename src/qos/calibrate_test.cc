@@ -12,7 +12,7 @@ TEST(Calibrate, ModelledSsd_givesItsPublishedFigures) {
   SimReactor r;
   auto d = make_sim("d0", {.size = kGiB, .model = "ssd"}).value();
   CalibrateOptions o;
-  o.seconds = 1;
+  o.seconds = 0.3;
   o.rounds = 3;
   o.writes = true;
   auto c = r.block_on(calibrate(d, o));
@@ -32,7 +32,7 @@ TEST(Calibrate, ModelledHdd_knowsThatSeeksCost) {
   SimReactor r;
   auto d = make_sim("d0", {.size = kTiB}).value();
   CalibrateOptions o;
-  o.seconds = 200;
+  o.seconds = 60;
   o.rounds = 1;
   auto c = r.block_on(calibrate(d, o));
   ASSERT_TRUE(c);

@@ -10,7 +10,6 @@ DepthControl::DepthControl(uint32_t initial, uint32_t least, uint32_t most, uint
       least_(least),
       most_(most),
       floor_(std::clamp(floor, least, knee_)),
-      limit_(most),
       fits_(most) {}
 
 uint32_t DepthControl::candidate() const {
@@ -20,27 +19,25 @@ uint32_t DepthControl::candidate() const {
 
 uint32_t DepthControl::depth() const {
   const uint32_t d = at_ == 1 || at_ == 2 ? candidate() : knee_;
-  return std::min({d, limit_, fits_});
+  return std::min(d, fits_);
 }
 
-void DepthControl::window(double rate, bool saturated, double lost, double fits) {
-  fits_ = fits >= knee_ / 3.0 ? std::clamp(static_cast<uint32_t>(fits * kFitsPart), least_, most_) : most_;
+void DepthControl::window(double rate, bool saturated, double fits, double lost) {
+  if (fits >= knee_ / 3.0) {
+    lost_ += kLostGain * (lost - lost_);
+    if (lost_ > kLostMost) part_ = std::max(kPartLeast, part_ - kPartDown);
+    else if (lost_ < kLostLeast) part_ = std::min(kPartMost, part_ + kPartUp);
+    fits_ = std::clamp(static_cast<uint32_t>(fits * part_), least_, most_);
+  } else {
+    fits_ = most_;
+  }
   if (!saturated || !(rate > 0)) {
     at_ = 0;
     a_ = b_ = 0;
     return;
   }
-  const uint32_t now = depth();
-  if (lost > kLostMost) {
-    const auto step = static_cast<uint32_t>(now * std::min(lost, 0.25));
-    limit_ = std::max({least_, knee_ / 3, now - std::min(now, std::max(1u, step))});
-    calm_ = 0;
-  } else if (lost < kLostLeast && limit_ < most_ && ++calm_ >= kCalm) {
-    calm_ = 0;
-    limit_ = std::min(limit_, fits_) + 1;  // so that it need not come down from far above
-  }
   // A depth that shares hold down is no place to look for the knee.
-  if (std::min(limit_, fits_) < knee_) {
+  if (fits_ < knee_) {
     at_ = 0;
     a_ = b_ = 0;
     return;

@@ -12,10 +12,11 @@
 //
 // The second rule keeps weights working. A group that is due the part f of the requests in flight, and has q of them
 // outstanding, cannot get it when more than q / f are in flight altogether (Little's law): all it has is in the device
-// already, and the device's own queue shares by numbers, not by weights. So depth is limited to the least q / f of the
-// groups with q / f of at least a third of the knee (a tenant with less outstanding than that is limited by itself, and the
-// disk is not throttled for its sake). What the window's averages miss is corrected by what was really lost
-// (sfq.h, take_lost): while it is more than kLostMost of the work the limit sinks by as much, then rises by one every few windows.
+// already, and the device's own queue shares by numbers, not by weights. So depth is limited to a part of the least q / f
+// of the groups with q / f of at least a third of the knee (a tenant with less outstanding than that is limited by itself,
+// and the disk is not throttled for its sake). Which part: all of it would do if nothing ever waited between its completion
+// and the next request; what is missing to that is learned from what was really lost (sfq.h, take_lost), slowly, because
+// of the loss of one moment (a thread that got no CPU) less depth gives nothing back.
 //
 // Thread-safety: thread-confined (to the arbiter's holder).
 #pragma once
@@ -30,25 +31,24 @@ class DepthControl {
   DepthControl(uint32_t initial, uint32_t least, uint32_t most, uint32_t floor = 0);
   uint32_t depth() const;     // to be used now
   uint32_t knee() const { return knee_; }
-  // A window has ended. rate: work per time; saturated: work was queued all the time; lost: part of the work that
-  // should have gone to groups which ran dry; fits: the least q / f there was, 0 = none.
-  void window(double rate, bool saturated, double lost, double fits);
+  // A window has ended. rate: work per time; saturated: work was queued all the time; fits: the least q / f there was,
+  // 0 = none; lost: by what part its ratio to the others fell short because it ran dry.
+  void window(double rate, bool saturated, double fits, double lost);
 
  private:
   static constexpr double kGainUp = 0.012, kLossDown = 0.006;
-  static constexpr uint32_t kMinQuads = 6, kMaxQuads = 24, kMaxRest = 1024;
-  static constexpr double kSure = 2;
-  static constexpr double kLostMost = 0.002, kLostLeast = 0.0005;
-  static constexpr double kFitsPart = 0.92;  // completions come in batches: some are always between two queues
-  static constexpr uint32_t kCalm = 4;
+  static constexpr uint32_t kMinQuads = 12, kMaxQuads = 40, kMaxRest = 1024;
+  static constexpr double kSure = 3;  // it is asked after every quad: two would be wrong once in a minute of noise
+  static constexpr double kLostMost = 0.012, kLostLeast = 0.004, kLostGain = 0.05;
+  static constexpr double kPartMost = 0.98, kPartLeast = 0.75, kPartDown = 0.005, kPartUp = 0.0025;
   uint32_t candidate() const;
   void decide();
   void next_probe(bool taken);
 
   uint32_t knee_, least_, most_, floor_;
-  uint32_t limit_;             // for the sake of shares, by what was lost; most_ when there is none
-  uint32_t calm_ = 0;          // windows without loss since the limit changed
-  uint32_t fits_;              // the same, by Little's law
+  uint32_t fits_;              // limit for the sake of shares; most_ when there is none
+  double part_ = 0.95;         // of q / f
+  double lost_ = 0;            // average
   bool up_ = true;
   uint32_t refused_ = 0;       // in a row
   uint32_t rest_ = 0, next_rest_ = 64;

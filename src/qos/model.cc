@@ -32,7 +32,8 @@ std::string QosModel::to_text() const {
   std::string text;
   for (size_t k = 0; k < kTransferKinds; ++k)
     text += fmt::format("{}.fixed_ns {:.1f}\n{}.byte_ns {:.6f}\n", kNames[k], io[k].fixed_ns, kNames[k], io[k].byte_ns);
-  text += fmt::format("flush_ns {:.1f}\nother_ns {:.1f}\ndepth {}\n", flush_ns, other_ns, depth);
+  text += fmt::format("flush_ns {:.1f}\nother_ns {:.1f}\ndepth {}\nunit_part {:.3f}\n", flush_ns, other_ns, depth,
+                      unit_part);
   return text;
 }
 
@@ -53,6 +54,7 @@ Result<QosModel> QosModel::parse(std::string_view text) {
     if (key == "flush_ns") m.flush_ns = value;
     else if (key == "other_ns") m.other_ns = value;
     else if (key == "depth") m.depth = static_cast<uint32_t>(std::clamp(value, 1.0, 65536.0));
+    else if (key == "unit_part") m.unit_part = std::min(value, 1.0);
     else {
       known = false;
       for (size_t k = 0; k < kTransferKinds; ++k) {
@@ -84,7 +86,7 @@ void CostTable::publish(size_t kind, size_t cls) {
   byte_[kind][cls].store(static_cast<float>(byte * x), std::memory_order_relaxed);
 }
 
-bool CostTable::learn(const double (&predicted)[kIoKinds][kSizeClasses], double elapsed_ns) {
+bool CostTable::learn(const double (&predicted)[kIoKinds][kSizeClasses], double elapsed_ns, size_t classes) {
   double all = 0, most = 0;
   size_t kind = 0, cls = 0;
   for (size_t k = 0; k < kIoKinds; ++k)
@@ -92,10 +94,12 @@ bool CostTable::learn(const double (&predicted)[kIoKinds][kSizeClasses], double 
       all += predicted[k][c];
       if (predicted[k][c] > most) most = predicted[k][c], kind = k, cls = c;
     }
-  if (all <= 0 || most < kPure * all || kind >= kTransferKinds) return false;
-  const double error = std::clamp(elapsed_ns / all, 0.25, 4.0) - 1;
+  if (all <= 0 || most < kPure * all || kind >= kTransferKinds || cls >= classes) return false;
+  // All by elapsed, not the other way round: so that the average is that of throughput, not of its inverse.
+  const double error = std::clamp(1 - all / elapsed_ns, -0.75, 0.75);
+  const double gain = std::max(kGainLast, std::min(kGainFirst, 4.0 / ++lessons_[kind][cls]));
   auto& x = correction_[kind][cls];
-  x.store(std::clamp(x.load(std::memory_order_relaxed) * (1 + kGain * error), kLeast, kMost),
+  x.store(std::clamp(x.load(std::memory_order_relaxed) * (1 + gain * error), kLeast, kMost),
           std::memory_order_relaxed);
   publish(kind, cls);
   return true;
@@ -106,7 +110,7 @@ void CostTable::learn_slow(IoKind kind, double ns) {
   const double base = kind == IoKind::kFlush ? model_.flush_ns : model_.other_ns;
   if (base <= 0 || ns <= 0) return;
   const double now = correction(kind, 0);
-  const double x = std::clamp(now + kGain * (ns / base - now), kLeast, kMost);
+  const double x = std::clamp(now + kGainSlow * (ns / base - now), kLeast, kMost);
   for (size_t c = 0; c < kSizeClasses; ++c) {
     correction_[k][c].store(x, std::memory_order_relaxed);
     publish(k, c);

@@ -40,6 +40,10 @@ struct QosModel {
   double other_ns = 20'000;  // discard, write_zeroes
   uint32_t depth = 32;       // the knee: in-flight requests beyond which throughput does not grow
 
+  // Of the depth a request takes 1 + unit_part * (its cost / a small one's - 1) small ones. Cost alone (1) would be right if
+  // latency grew as cost does; the way to the device is the same for all, so large requests need more in flight than that.
+  double unit_part = 0.5;
+
   // Measured on this disk with small requests, which need the most depth: the search for the knee while it runs, where
   // larger ones may be at work, then stays above kDepthFloor of `depth`. Parsed models are calibrated ones.
   bool calibrated = false;
@@ -63,18 +67,22 @@ class CostTable {
   double correction(IoKind kind, size_t cls) const { 
     return correction_[static_cast<size_t>(kind)][cls].load(std::memory_order_relaxed);
   }
-  // A saturated interval of `elapsed_ns` in which `predicted_ns[kind][class]` was completed. Learns when one class
-  // is kPure of it. Returns whether it did.
-  bool learn(const double (&predicted_ns)[kIoKinds][kSizeClasses], double elapsed_ns);
+  // An interval of `elapsed_ns`, the device well filled, in which `predicted_ns[kind][class]` was completed. Learns when
+  // one class, less than `classes`, is kPure of it. Returns whether it did.
+  bool learn(const double (&predicted_ns)[kIoKinds][kSizeClasses], double elapsed_ns, size_t classes = kSizeClasses);
   // What one flush (or discard) took of the disk: its device time by the requests that shared the device meanwhile.
   void learn_slow(IoKind kind, double ns);
   QosModel current() const;  // any thread: the corrections at 4 and 128 KiB folded in
 
  private:
-  static constexpr double kPure = 0.97, kGain = 0.1, kLeast = 1.0 / 64, kMost = 64;
+  static constexpr double kPure = 0.97, kLeast = 1.0 / 64, kMost = 64;
+  // Of the error. The first lessons count much, later ones average over some seconds of load: throughput alone is noisy,
+  // and a share is no more exact than the costs are.
+  static constexpr double kGainFirst = 0.2, kGainLast = 0.025, kGainSlow = 0.1;
   void publish(size_t kind, size_t cls);
 
   QosModel model_;
+  uint32_t lessons_[kIoKinds][kSizeClasses] = {};
   std::atomic<double> correction_[kIoKinds][kSizeClasses];
   std::atomic<float> fixed_[kIoKinds][kSizeClasses];
   std::atomic<float> byte_[kIoKinds][kSizeClasses];

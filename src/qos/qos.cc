@@ -21,6 +21,8 @@ namespace {
 constexpr uint64_t kWindowNs = 20'000'000;       // least length of a window (depth, model)
 constexpr uint64_t kWindowMaxNs = 8'000'000'000;  // a window that has not enough completions by then is dropped
 constexpr uint64_t kWindowCompletions = 64;
+// In the device on average, and a window still teaches: part of the knee, or this many where the knee is deep.
+constexpr double kDeepPart = 0.45, kDeepEnough = 24;
 constexpr double kIdleAllowed = 0.03;            // of a window, and it still counts as saturated
 constexpr uint32_t kArbiterRounds = 64;          // looks for others' work before the holder goes on with its own
 constexpr uint32_t kOwnWeight = 100;             // a group's own requests beside its read-ahead and its children
@@ -29,6 +31,7 @@ constexpr uint32_t kOwnWeight = 100;             // a group's own requests besid
 constexpr uint32_t kFirstGroupSlot = 4;
 constexpr uint32_t kSlots = kFirstGroupSlot + 2 * QosDomain::kMaxGroups;
 constexpr uint32_t kCellChunk = 32;
+constexpr uint32_t kNobody = kSlots, kSeveral = kSlots + 1;  // instead of the slot of a lone owner
 constexpr uint32_t kReactorChunk = 64, kReactorChunks = 1024;
 
 using Counter = std::atomic<uint64_t>;
@@ -56,6 +59,8 @@ QosOwner owner_of(uint32_t slot) {
   const uint32_t s = slot - kFirstGroupSlot;
   return {GroupId{s / 2}, s % 2 == 0 ? QosOwner::Part::kOwn : QosOwner::Part::kReadAhead, Background::kRebuild};
 }
+
+class Qos;
 
 // One owner's counters on one reactor; on cache lines of its own.
 struct alignas(64) Cell {
@@ -89,7 +94,26 @@ struct CellChunk {
   }
 };
 
+// Runs the arbiter once at the end of a reactor's round, when the completions of the round have all been seen and their
+// clients have had the occasion to bring the next request: slots given out before would go to others, because the queue
+// of a group that needs most of its requests in flight is empty just then. Nothing is lost by waiting: what is handed out
+// goes to the kernel at the end of the round in any case. The reactor's own.
+class RoundEnd final : public Poller {
+ public:
+  bool pending() const { return self_ != nullptr; }
+  void arm(std::shared_ptr<Qos> self, Reactor& reactor) {
+    self_ = std::move(self);
+    reactor.add_poller(this);
+  }
+  bool poll() override;
+  bool prepare_sleep() override { return true; }  // polled in the round it was armed in: never there at a sleep
+
+ private:
+  std::shared_ptr<Qos> self_;  // until then the scheduler lives
+};
+
 struct alignas(64) PerReactor {
+  RoundEnd round_end;
   std::array<std::atomic<CellChunk*>, kSlots / kCellChunk + 1> chunks{};
   // Completed since ever, for the windows:
   Counter cost_ns[kIoKinds][kSizeClasses] = {};
@@ -231,15 +255,16 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     m.is_write = write;
     m.cls = static_cast<uint8_t>(size_class(bytes));
     m.cost = costs_.cost(m.kind, m.cls, bytes);
-    if (m.cls > 0) m.units = units_of(write ? IoKind::kWriteRandom : IoKind::kReadRandom, m.cls, bytes);
+    if (m.cls > 0 && !alone()) m.units = units_of(write ? IoKind::kWriteRandom : IoKind::kReadRandom, m.cls, bytes);
     return m;
   }
-  // Depth is counted in small requests: a large one occupies the device like several, as far as its cost says so (ten
-  // on a flash disk, one where seeking is all). A quarter of the depth at most, so that four fit in any case.
+  // Depth is counted in small requests: of large ones fewer are needed to fill the device (model.h), and while one is
+  // served many small ones could be. A quarter of the depth at most, so that four fit in any case.
   uint32_t units_of(IoKind random, size_t cls, uint64_t bytes) const {
-    const uint64_t small = costs_.cost(random, 0, 4096);
-    const uint64_t most = std::max(1u, depth_.load(std::memory_order_relaxed) / 4);
-    return static_cast<uint32_t>(std::clamp<uint64_t>((costs_.cost(random, cls, bytes) + small / 2) / small, 1, most));
+    const auto small = static_cast<double>(costs_.cost(random, 0, 4096));
+    const double by_cost = static_cast<double>(costs_.cost(random, cls, bytes)) / small;
+    const double most = std::max(1.0, depth_.load(std::memory_order_relaxed) / 4.0);
+    return static_cast<uint32_t>(std::clamp(1 + (by_cost - 1) * options_.model.unit_part + 0.5, 1.0, most));
   }
   Meta other(const IoContext& ctx, IoKind kind, uint64_t bytes) {
     Meta m = begin(ctx);
@@ -254,8 +279,18 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     m.totals = &per_reactor(Reactor::current().index());
     m.cell = &cell(*m.totals, slot_of(ctx));
     if (const uint64_t g = domain_->generation(); m.cell->generation != g) [[unlikely]] look_up_caps(*m.cell, g);
+    if (lone_.load(std::memory_order_relaxed) != m.cell->slot) [[unlikely]] not_alone(m.cell->slot);
     return m;
   }
+
+  // While one owner has the disk to itself there is nobody to protect, and what is measured then is what it has alone:
+  // depth counts its requests one by one. A second one ends that with its first request.
+  void not_alone(uint32_t slot) {
+    uint32_t nobody = kNobody;
+    if (!lone_.compare_exchange_strong(nobody, slot, std::memory_order_relaxed) && nobody != slot)
+      if (nobody != kSeveral) lone_.store(kSeveral, std::memory_order_relaxed);
+  }
+  bool alone() const { return lone_.load(std::memory_order_relaxed) < kSlots; }
 
   // The leaf's task has not begun to run, unless it is ready: then there is nothing to wait for (and nothing that
   // competes for the device), only to count.
@@ -283,7 +318,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     const uint64_t now = reactor.now_ns();
     if (m.kind >= IoKind::kFlush) count_slow(m, now - begun);
     count(m, begun - arrived, now - begun);
-    release_slot(reactor, now, m.units);
+    release_slot(reactor, now, *m.totals, m.units);
     co_return status;
   }
 
@@ -298,21 +333,23 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
       if (slots_.compare_exchange_weak(s, s + units, std::memory_order_seq_cst, std::memory_order_relaxed)) return true;
     return false;
   }
-  void release_slot(Reactor& reactor, uint64_t now, uint32_t units) {
+  void release_slot(Reactor& reactor, uint64_t now, PerReactor& totals, uint32_t units) {
     // seq_cst: orders with the addition to waiting in enqueue; one of the two sees the other (see the header).
     const uint64_t before = slots_.fetch_sub(units, std::memory_order_seq_cst);
     // A window must end also while all fits into the device: it may fit too well for shares (depth.h).
     if (waiting(before) > 0 || (now >= window_end_.load(std::memory_order_relaxed) && before > units))
-      arbitrate(reactor, now, nullptr);
+      if (!totals.round_end.pending()) totals.round_end.arm(shared_from_this(), reactor);
   }
   // True when `q` may go on at once.
   bool enqueue(Queued* q) {
     Reactor& reactor = *q->reactor;
     const uint64_t now = q->begun;  // once in the inbox it is the arbiter's
+    PerReactor& here = *q->meta.totals;
     slots_.fetch_add(kWaiting, std::memory_order_seq_cst);
     Queued* head = inbox_.load(std::memory_order_relaxed);
     do q->next_inbox = head;
     while (!inbox_.compare_exchange_weak(head, q, std::memory_order_release, std::memory_order_relaxed));
+    if (here.round_end.pending()) return false;  // it will be looked at with the rest of this round
     return arbitrate(reactor, now, q);
   }
 
@@ -338,6 +375,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
 
   // ---- the arbiter -------------------------------------------------------------------------------------------------
 
+  friend class RoundEnd;
   // Runs it, or leaves the work to whoever is inside. True when `self` was among those whose turn it is (then it is
   // not resumed).
   bool arbitrate(Reactor& reactor, uint64_t now, Queued* self) {
@@ -429,7 +467,19 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   }
 
   void roll_window(uint64_t now);
-  double in_flight_that_fits(uint64_t now);
+  // An owner that completed requests in the window.
+  struct Active {
+    uint32_t slot = 0;
+    double outstanding = 0;  // requests, on average
+    double units = 1;        // of the depth, of its average request
+    double stay = 0;         // time in the device by cost
+  };
+  std::vector<Active> active_in_window(uint64_t now);
+  struct Fits {
+    double in_flight = 0;  // the least q / f of the groups that were active (depth.h); 0 when there is none
+    double share = 0.5;    // what part of the whole that group is due
+  };
+  Fits in_flight_that_fits(const std::vector<Active>& active);
   void refresh(uint64_t now);
   SfqTree::Node* group_node(GroupId id);
   SfqTree::Node* leaf_node(uint32_t slot);
@@ -456,6 +506,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
 
   alignas(64) std::atomic<uint64_t> slots_{0};  // in flight | waiting << 32
   std::atomic<uint32_t> depth_{0};
+  std::atomic<uint32_t> lone_{kNobody};         // who has the disk to itself; a hint, set anew with each window
   std::atomic<uint64_t> window_end_{0};         // written by the arbiter; a hint elsewhere
   alignas(64) std::atomic<Queued*> inbox_{nullptr};
   std::atomic<uint64_t> arbiter_{0};
@@ -484,6 +535,14 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   std::atomic<uint32_t> knee_{0};
 };
 
+bool RoundEnd::poll() {
+  const std::shared_ptr<Qos> self = std::exchange(self_, nullptr);
+  Reactor& reactor = Reactor::current();
+  reactor.remove_poller(this);
+  self->arbitrate(reactor, reactor.now_ns(), nullptr);
+  return true;
+}
+
 // Sets the depth, corrects the model. A window counts when requests were waiting all through it.
 void Qos::roll_window(uint64_t now) {
   Totals t;
@@ -511,23 +570,29 @@ void Qos::roll_window(uint64_t now) {
   const uint64_t latency = completions == 0 ? 0 : (t.device_ns - at_start_.device_ns) / completions;
   if (completions > 0)
     tree_.set_keep(2 * latency, static_cast<uint64_t>(all / static_cast<double>(completions)) * control_.depth());
-  const double lost = static_cast<double>(tree_.take_lost());
+  const auto lost = static_cast<double>(tree_.take_lost());
   if (saturated) {
     speed_.store(all / static_cast<double>(elapsed), std::memory_order_relaxed);
   }
-  // What is learned is throughput at depth, whether requests wait here or, half a knee deep, in the device.
+  const std::vector<Active> active = active_in_window(now);
+  // A cost is the inverse of the throughput a kind has alone, so it is learned from windows in which it had as many
+  // requests in the device as it then would have: not while large ones are held back for the sake of others.
   const double in_device = static_cast<double>(t.device_ns - at_start_.device_ns) / static_cast<double>(elapsed);
-  if (!first && completions >= kWindowCompletions && (saturated || in_device >= control_.knee() / 2.0)) {
-    if (options_.adapt_cost && costs_.learn(predicted, static_cast<double>(elapsed))) bump(updates_);
-  }
+  if (!first && completions >= kWindowCompletions && options_.adapt_cost &&
+      in_device >= std::min(kDeepPart * control_.knee(), kDeepEnough) &&
+      costs_.learn(predicted, static_cast<double>(elapsed), alone() ? kSizeClasses : 1))
+    bump(updates_);
   if (options_.adapt_cost)
     for (int i = 0; i < 2; ++i)
       if (const uint64_t n = t.slow_count[i] - at_start_.slow_count[i]; n > 0)
         costs_.learn_slow(i == 0 ? IoKind::kFlush : IoKind::kOther,
                           static_cast<double>(t.slow_ns[i] - at_start_.slow_ns[i]) / static_cast<double>(n));
+  if (active.size() < 2) lone_.store(active.empty() ? kNobody : active[0].slot, std::memory_order_relaxed);
   if (options_.adapt_depth) {
-    const double fits = in_flight_that_fits(now);
-    control_.window(base / static_cast<double>(elapsed), saturated, all > 0 ? lost / all : 0, fits);
+    // What a group with the part f loses of the whole, the others have: its ratio to them falls by 1 / (f (1 - f)) of it.
+    const Fits fits = in_flight_that_fits(active);
+    const double ratio_lost = all > 0 ? lost / all / (fits.share * (1 - fits.share)) : 0;
+    control_.window(base / static_cast<double>(elapsed), saturated, fits.in_flight, ratio_lost);
     depth_.store(control_.depth(), std::memory_order_relaxed);
   }
   knee_.store(control_.knee(), std::memory_order_relaxed);
@@ -537,9 +602,8 @@ void Qos::roll_window(uint64_t now) {
   window_end_.store(now + std::max(kWindowNs, 8 * latency), std::memory_order_relaxed);
 }
 
-// The least q / f of the groups that were active (depth.h); 0 when there were fewer than two, or none has much.
-double Qos::in_flight_that_fits(uint64_t now) {
-  if (domain_->generation() != generation_) refresh(now);
+std::vector<Qos::Active> Qos::active_in_window(uint64_t now) {
+  if (groups_ == nullptr || domain_->generation() != generation_) refresh(now);
   struct Sum {
     uint64_t started = 0, cost_ns = 0, device_ns = 0, units = 0, ios = 0;
   };
@@ -554,8 +618,7 @@ double Qos::in_flight_that_fits(uint64_t now) {
       s.started += get(c.started);
     });
   });
-  std::vector<SfqTree::Node*> active;
-  std::vector<double> outstanding, stay, units;  // stay: time in the device by cost
+  std::vector<Active> active;
   for (auto& [slot, s] : sums) {
     SlotWindow& w = slot_windows_[slot];
     const uint64_t ios = s.ios - w.ios, cost_ns = s.cost_ns - w.cost_ns, device_ns = s.device_ns - w.device_ns;
@@ -568,18 +631,23 @@ double Qos::in_flight_that_fits(uint64_t now) {
       w.outstanding = 0;
       continue;
     }
-    active.push_back(leaf_node(slot));
-    outstanding.push_back(w.outstanding);
-    units.push_back(static_cast<double>(taken) / static_cast<double>(ios));
-    stay.push_back(static_cast<double>(device_ns + 1) / static_cast<double>(cost_ns + 1));
+    active.push_back({slot, w.outstanding, static_cast<double>(taken) / static_cast<double>(ios),
+                      static_cast<double>(device_ns + 1) / static_cast<double>(cost_ns + 1)});
   }
-  if (active.size() < 2) return 0;
-  const std::vector<double> share = tree_.shares(active);
-  double all = 0, least = 0;
-  for (size_t i = 0; i < active.size(); ++i) all += share[i] * stay[i] * units[i];
+  return active;
+}
+
+Qos::Fits Qos::in_flight_that_fits(const std::vector<Active>& active) {
+  Fits least;
+  if (active.size() < 2) return least;
+  std::vector<SfqTree::Node*> nodes;
+  for (auto& a : active) nodes.push_back(leaf_node(a.slot));
+  const std::vector<double> share = tree_.shares(nodes);
+  double all = 0;
+  for (size_t i = 0; i < active.size(); ++i) all += share[i] * active[i].stay * active[i].units;
   for (size_t i = 0; i < active.size(); ++i) {
-    const double fits = outstanding[i] * all / (share[i] * stay[i]);
-    if (fits >= control_.knee() / 2.0 && (least == 0 || fits < least)) least = fits;
+    const double fits = active[i].outstanding * all / (share[i] * active[i].stay);
+    if (fits >= control_.knee() / 2.0 && (least.in_flight == 0 || fits < least.in_flight)) least = {fits, share[i]};
   }
   return least;
 }

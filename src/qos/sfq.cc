@@ -44,12 +44,16 @@ struct SfqTree::Node {
   uint64_t recent = 0;            // items lately, for take_lost
   std::vector<Node*> heap;        // backlogged children, least start tag first
   std::vector<Node*> children;
-  SfqItem* head = nullptr;        // leaf
-  SfqItem* tail = nullptr;
+  struct Fifo {
+    SfqItem* head = nullptr;
+    SfqItem* tail = nullptr;
+  };
+  Fifo fifo[2];                   // leaf: reads, writes
   uint64_t items = 0;
   uint64_t stamp = 0;             // shares(): counted in this call
   double active_weight = 0;       // shares(): of the children counted
-  bool parked = false, parked_by_own = false;
+  bool parked = false;
+  uint64_t entry_at = 0;          // its place in parked_, 0 = none
   QosCaps caps;
   Bucket rbps, wbps, riops, wiops;
 
@@ -83,13 +87,13 @@ void SfqTree::set_caps(Node* n, const QosCaps& caps, uint64_t now) {
   if (n->caps == caps) return;
   n->caps = caps;
   n->rbps = n->wbps = n->riops = n->wiops = {};
-  unpark(now, true);
+  unpark_due(now, true);
 }
 
 void SfqTree::move(Node* n, Node* parent, uint64_t now) {
   if (n->parent == parent) return;
   for (Node* p = parent; p != nullptr; p = p->parent) SPILLWAY_ASSERT(p != n);
-  unpark(now, true);
+  unpark_due(now, true);
   const bool was_waiting = n->waiting();
   if (was_waiting) deactivate(n, now);
   std::erase(n->parent->children, n);
@@ -97,7 +101,7 @@ void SfqTree::move(Node* n, Node* parent, uint64_t now) {
   parent->children.push_back(n);
   n->start = n->finish = parent->clock;
   n->idle_since = 0;
-  if (was_waiting) activate(n, now, false);
+  if (was_waiting) activate(n, now);
 }
 
 // ---- the heap of backlogged children -------------------------------------------------------------------------------
@@ -145,10 +149,10 @@ void SfqTree::heap_remove(Node* n) {
 }
 
 // n has something to be served; so then have all above it.
-void SfqTree::activate(Node* n, uint64_t now, bool keep_tag) {
-  for (; n->parent != nullptr && !n->waiting(); n = n->parent, keep_tag = false) {
+void SfqTree::activate(Node* n, uint64_t now) {
+  for (; n->parent != nullptr && !n->waiting(); n = n->parent) {
     const uint64_t v = n->parent->clock;
-    if (keep_tag || !before(n->finish, v)) n->start = n->finish;
+    if (!before(n->finish, v)) n->start = n->finish;
     else if (keep_ns_ != 0 && now - n->idle_since <= keep_ns_) {
       n->start = later(n->finish, v - n->step(credit_));
       if (n->recent * 4 >= root_->recent) lost_ += ((n->start - n->finish) >> kShift) * n->weight;
@@ -174,45 +178,79 @@ void SfqTree::push(Node* leaf, SfqItem* item, uint64_t now) {
   SPILLWAY_ASSERT(leaf->children.empty() && leaf->parent != nullptr);
   item->next_item = nullptr;
   item->passed = 0;
-  (leaf->tail != nullptr ? leaf->tail->next_item : leaf->head) = item;
-  leaf->tail = item;
+  item->order = ++arrivals_;
+  auto& fifo = leaf->fifo[item->is_write ? 1 : 0];
+  const bool first = fifo.head == nullptr;
+  (first ? fifo.head : fifo.tail->next_item) = item;
+  fifo.tail = item;
   ++leaf->items;
   ++queued_;
-  if (!leaf->parked) activate(leaf, now, false);
+  if (!leaf->parked) {
+    activate(leaf, now);
+  } else if (first) {  // parked for what the other queue holds; this may be free to go
+    uint64_t until = 0;
+    if (eligible(leaf, now, &until) != nullptr) unpark(leaf, now);
+  }
 }
 
-uint64_t SfqTree::capped_until(Node* leaf, const SfqItem& item, bool* own) const {
+uint64_t SfqTree::capped_until(Node* leaf, const SfqItem& item) const {
   uint64_t at = 0;
   for (Node* n = leaf; n != nullptr; n = n->parent) {
     if (!n->caps.any()) continue;
     const uint64_t t = item.is_write ? std::max(n->wbps.ready(n->caps.wbps), n->wiops.ready(n->caps.wiops))
                                      : std::max(n->rbps.ready(n->caps.rbps), n->riops.ready(n->caps.riops));
-    if (t > at) at = t, *own = n == leaf;
+    at = std::max(at, t);
   }
   return at;
 }
 
-void SfqTree::unpark(uint64_t now, bool all) {
+SfqItem* SfqTree::eligible(Node* leaf, uint64_t now, uint64_t* until) const {
+  *until = kNever;
+  SfqItem* heads[2] = {leaf->fifo[0].head, leaf->fifo[1].head};
+  if (heads[0] == nullptr || (heads[1] != nullptr && heads[1]->order < heads[0]->order)) std::swap(heads[0], heads[1]);
+  for (SfqItem* head : heads) {
+    if (head == nullptr) continue;
+    const uint64_t at = capped_until(leaf, *head);
+    if (at <= now) return head;
+    *until = std::min(*until, at);
+  }
+  return nullptr;
+}
+
+void SfqTree::park(Node* leaf, uint64_t until, uint64_t now) {
+  leaf->parked = true;
+  deactivate(leaf, now);
+  if (leaf->entry_at != 0 && leaf->entry_at <= until) return;  // that one will look again, and park it again
+  leaf->entry_at = until;
+  parked_.push_back({leaf, until, ++sequence_});
+  std::push_heap(parked_.begin(), parked_.end(), Parked::later);
+}
+
+void SfqTree::unpark(Node* leaf, uint64_t now) {
+  leaf->parked = false;
+  leaf->idle_since = 0;
+  activate(leaf, now);
+}
+
+void SfqTree::unpark_due(uint64_t now, bool all) {
   while (!parked_.empty() && (all || parked_.front().at <= now)) {
     std::pop_heap(parked_.begin(), parked_.end(), Parked::later);
-    Node* leaf = parked_.back().leaf;
+    const Parked entry = parked_.back();
     parked_.pop_back();
-    leaf->parked = false;
-    // Held back by a group above, it competes with siblings that were held back alike: it keeps its place.
-    // Held back by its own cap, or the caps changed: it comes like one that idled.
-    if (all || leaf->parked_by_own) leaf->idle_since = 0;
-    activate(leaf, now, !all && !leaf->parked_by_own);
+    if (entry.leaf->entry_at == entry.at) entry.leaf->entry_at = 0;
+    if (entry.leaf->parked) unpark(entry.leaf, now);
   }
 }
 
-SfqItem* SfqTree::take(Node* leaf, uint32_t home) {
-  SfqItem* head = leaf->head;
+SfqItem* SfqTree::take(Node* leaf, bool write, uint32_t home) {
+  auto& fifo = leaf->fifo[write ? 1 : 0];
+  SfqItem* head = fifo.head;
   SfqItem* before = nullptr;
   SfqItem* item = head;
   for (unsigned looked = 0; home != kAnyHome && item->home != home; ++looked) {
     SfqItem* next = item->next_item;
     if (looked == kMaxPassed || item->passed >= kMaxPassed || next == nullptr || next->cost != head->cost ||
-        next->bytes != head->bytes || next->is_write != head->is_write) {
+        next->bytes != head->bytes) {
       before = nullptr, item = head;
       break;
     }
@@ -220,33 +258,28 @@ SfqItem* SfqTree::take(Node* leaf, uint32_t home) {
     item = next;
   }
   if (before == nullptr) {
-    leaf->head = item->next_item;
+    fifo.head = item->next_item;
   } else {
     for (SfqItem* i = head; i != item; i = i->next_item) ++i->passed;
     before->next_item = item->next_item;
   }
-  if (leaf->tail == item) leaf->tail = before;
+  if (fifo.tail == item) fifo.tail = before;
   --leaf->items;
   return item;
 }
 
 SfqItem* SfqTree::pop(uint64_t now, Node** from, uint32_t home) {
-  unpark(now, false);
+  unpark_due(now, false);
   while (!root_->heap.empty()) {
     Node* leaf = root_;
     while (!leaf->heap.empty()) leaf = leaf->heap.front();
-    SfqItem* item = leaf->head;
-    bool own = false;
-    const uint64_t ready = capped_until(leaf, *item, &own);
-    if (ready > now) {
-      leaf->parked = true;
-      leaf->parked_by_own = own;
-      deactivate(leaf, now);
-      parked_.push_back({leaf, ready});
-      std::push_heap(parked_.begin(), parked_.end(), Parked::later);
+    uint64_t until = 0;
+    SfqItem* item = eligible(leaf, now, &until);
+    if (item == nullptr) {
+      park(leaf, until, now);
       continue;
     }
-    item = take(leaf, home);
+    item = take(leaf, item->is_write, home);
     --queued_;
     for (Node* n = leaf; n != nullptr; n = n->parent) {
       n->served += item->cost;

@@ -20,8 +20,10 @@
 //   last with S_i <= V before the cost was added. So the spread S_f - S_g lies between -(credit/w_f + c_g/w_g) and
 //   c_f/w_f + credit/w_g at either end of the interval, and its change is at most the sum of the two.
 //
-// Caps (io.max): a leaf whose next item would exceed a cap of its own or of a group above it is parked until the cap
-// allows it (GCRA with kCapBurstNs of tolerance); it is out of the way of others meanwhile.
+// Caps (io.max): a leaf whose next read and next write would both exceed a cap of its own or of a group above it is parked
+// until one of them may go (GCRA with kCapBurstNs of tolerance); it is out of the way of others meanwhile. Reads and
+// writes have caps of their own, so what is capped does not hold up the other: it is passed, everything else goes in
+// order of arrival. What was parked comes back like a group that idled, S = max(F, V), so time under a cap earns nothing.
 //
 // Thread-safety: thread-confined (qos.cc: to whoever holds the arbiter).
 #pragma once
@@ -41,6 +43,7 @@ struct QosCaps {
 
 struct SfqItem {
   SfqItem* next_item = nullptr;
+  uint64_t order = 0;  // of arrival
   uint64_t cost = 0;   // ns of device time
   uint64_t bytes = 0;
   uint32_t home = 0;   // which reactor it came from
@@ -73,7 +76,7 @@ class SfqTree {
   // others at most kMaxPassed times: to the group it is the same service.
   SfqItem* pop(uint64_t now, Node** from = nullptr, uint32_t home = kAnyHome);
   static constexpr uint32_t kAnyHome = UINT32_MAX;
-  static constexpr uint8_t kMaxPassed = 8;
+  static constexpr uint8_t kMaxPassed = 1;
   uint64_t next_ready() const { return parked_.empty() ? kNever : parked_.front().at; }
   uint64_t queued() const { return queued_; }
 
@@ -97,22 +100,28 @@ class SfqTree {
   struct Parked {
     Node* leaf;
     uint64_t at;
-    static bool later(const Parked& a, const Parked& b) { return a.at > b.at; }
+    uint64_t order;  // of two that are due together the one parked first comes back first
+    static bool later(const Parked& a, const Parked& b) { return a.at != b.at ? a.at > b.at : a.order > b.order; }
   };
-  void activate(Node* n, uint64_t now, bool keep_tag);
+  void activate(Node* n, uint64_t now);
   void deactivate(Node* n, uint64_t now);
   void heap_insert(Node* p, Node* n);
   void heap_remove(Node* n);
   void heap_fix(Node* p, uint32_t at);
-  uint64_t capped_until(Node* leaf, const SfqItem& item, bool* own) const;
-  void unpark(uint64_t now, bool all);
-  static SfqItem* take(Node* leaf, uint32_t home);
+  uint64_t capped_until(Node* leaf, const SfqItem& item) const;
+  // The oldest item of the leaf that no cap holds back; null, and until when, if all are.
+  SfqItem* eligible(Node* leaf, uint64_t now, uint64_t* until) const;
+  void park(Node* leaf, uint64_t until, uint64_t now);
+  void unpark(Node* leaf, uint64_t now);
+  void unpark_due(uint64_t now, bool all);
+  static SfqItem* take(Node* leaf, bool write, uint32_t home);
 
   Node* root_ = nullptr;
   std::vector<std::unique_ptr<Node>> nodes_;
-  std::vector<Parked> parked_;  // heap, earliest first
+  // Heap, earliest first. An entry may outlive the parking it was made for; then it means nothing.
+  std::vector<Parked> parked_;
   uint64_t queued_ = 0;
-  uint64_t sequence_ = 0;
+  uint64_t sequence_ = 0, arrivals_ = 0;
   uint64_t keep_ns_ = 0, credit_ = 0;
   uint64_t lost_ = 0, stamp_ = 0;
 };
