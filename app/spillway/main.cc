@@ -27,12 +27,12 @@ namespace {
 using nlohmann::json;
 
 struct Cli {
-  std::string socket, config, name, interval_text, device = "/dev/vda";
+  std::string socket, config, name, device = "/dev/vda";
   std::vector<std::string> pairs;
   bool as_json = false, exact = false, yes = false, dry_run = false, force = false, repair = false, latency = false, writes = false;
   double seconds = 60;
   std::string offset = "0", length;
-  std::vector<std::string> rest;
+  uint64_t interval_s = 0, count = 0;  // top, iostat; 0 = not given
   int exit_code = kExitOk;
 };
 
@@ -213,10 +213,7 @@ void volume_member(Cli& c, const std::string& command) {
 }
 
 void top(Cli& c) {
-  uint64_t interval = 2, count = UINT64_MAX;
-  if (!c.rest.empty()) interval = std::strtoull(c.rest[0].c_str(), nullptr, 10);
-  if (c.rest.size() > 1) count = std::strtoull(c.rest[1].c_str(), nullptr, 10);
-  if (interval == 0) interval = 1;
+  const uint64_t interval = c.interval_s != 0 ? c.interval_s : 2, count = c.count != 0 ? c.count : UINT64_MAX;
   json before;
   for (uint64_t i = 0; i < count; ++i) {
     if (i > 0) ::sleep(static_cast<unsigned>(interval));
@@ -230,15 +227,11 @@ void top(Cli& c) {
 }
 
 void iostat(Cli& c) {
-  uint64_t interval = 0, count = 1;
-  if (!c.rest.empty()) {
-    interval = std::max<uint64_t>(1, std::strtoull(c.rest[0].c_str(), nullptr, 10));
-    count = UINT64_MAX;
-  }
-  if (c.rest.size() > 1) count = std::strtoull(c.rest[1].c_str(), nullptr, 10);
+  // Without an interval once, since the start; with one for ever, or as often as asked.
+  const uint64_t count = c.count != 0 ? c.count : c.interval_s != 0 ? UINT64_MAX : 1;
   for (uint64_t i = 0; i < count; ++i) {
     json args{{"latency", c.latency}};
-    if (interval != 0) args["interval_ms"] = interval * 1000;
+    if (c.interval_s != 0) args["interval_ms"] = c.interval_s * 1000;
     const json now = call(c, "iostat", args);
     if (now.is_null()) return;
     print(c.as_json ? now.dump() + "\n" : now.value("text", ""));
@@ -271,11 +264,15 @@ int run(int argc, char** argv) {
     if (j.is_string()) print(j.get<std::string>());
   });
   auto* top_command = app.add_subcommand("top", "The same, live: top [SECONDS [COUNT]]");
-  top_command->add_option("INTERVAL", c.rest);
+  auto repeated = [&](CLI::App* command) {
+    command->add_option("SECONDS", c.interval_s, "Interval")->check(CLI::Range(1, 3600));
+    command->add_option("COUNT", c.count, "How often; default: for ever")->check(CLI::PositiveNumber);
+  };
+  repeated(top_command);
   top_command->callback([&] { top(c); });
   auto* iostat_command = app.add_subcommand("iostat", "Shares of each disk: iostat [-l] [SECONDS [COUNT]]");
   iostat_command->add_flag("-l,--latency", c.latency, "With latencies");
-  iostat_command->add_option("INTERVAL", c.rest);
+  repeated(iostat_command);
   iostat_command->callback([&] { iostat(c); });
 
   auto noun = [&](const char* name, const char* help) {

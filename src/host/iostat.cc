@@ -28,32 +28,6 @@ std::string name_of(const QosOwner& owner, const QosGroups& groups) {
   return owner.part == QosOwner::Part::kReadAhead ? name + " read-ahead" : name;
 }
 
-// The share of the disk a group is due when exactly `active` compete: weights along its path, each level among the
-// siblings that are, or contain, an active group.
-double share_wanted(GroupId id, const std::vector<GroupId>& active, const QosGroups& groups) {
-  auto parent_of = [&](GroupId g) {
-    auto it = groups.groups.find(g);
-    return it == groups.groups.end() ? GroupId::kRoot : it->second.parent;
-  };
-  auto weight_of = [&](GroupId g) {
-    auto it = groups.groups.find(g);
-    return it == groups.groups.end() ? 100u : it->second.weight;
-  };
-  if (id == GroupId::kRoot) return active.size() == 1 ? 1.0 : 0.0;
-  double share = 1;
-  for (GroupId g = id; g != GroupId::kRoot; g = parent_of(g)) {
-    std::vector<GroupId> siblings;
-    for (GroupId a : active)
-      for (GroupId up = a; up != GroupId::kRoot; up = parent_of(up))
-        if (parent_of(up) == parent_of(g) && std::find(siblings.begin(), siblings.end(), up) == siblings.end())
-          siblings.push_back(up);
-    double sum = 0;
-    for (GroupId s : siblings) sum += weight_of(s);
-    if (sum > 0) share *= weight_of(g) / sum;
-  }
-  return share;
-}
-
 }  // namespace
 
 json iostat_json(const std::vector<QosSample>& now, const std::vector<QosSample>& before, const QosGroups& groups,
@@ -65,12 +39,8 @@ json iostat_json(const std::vector<QosSample>& now, const std::vector<QosSample>
     for (auto& b : before)
       if (b.disk == disk.disk) old = &b;
     const double seconds = std::max(1e-9, static_cast<double>(disk.at_ns - (old != nullptr ? old->at_ns : 0)) / 1e9);
-    struct Row {
-      QosGroupSample d;
-      json j;
-    };
-    std::vector<Row> rows;
-    std::vector<GroupId> active;
+    std::vector<QosGroupSample> rows;
+    std::vector<QosOwner> active;  // as rows
     double cost = 0;
     for (auto& g : disk.groups) {
       QosGroupSample d = g;
@@ -86,21 +56,19 @@ json iostat_json(const std::vector<QosSample>& now, const std::vector<QosSample>
         }
       if (d.reads + d.writes + d.flushes + d.others == 0) continue;
       cost += static_cast<double>(d.cost_ns);
-      if (d.owner.part != QosOwner::Part::kBackground &&
-          std::find(active.begin(), active.end(), d.owner.group) == active.end())
-        active.push_back(d.owner.group);
-      rows.push_back({std::move(d), {}});
+      active.push_back(d.owner);
+      rows.push_back(std::move(d));
     }
     text += fmt::format("{}: depth {} (knee {}), {} in flight, {} waiting\n", disk.disk, disk.depth, disk.knee,
                         disk.in_flight, disk.waiting);
     text += fmt::format("  {:<24} {:>6} {:>6} {:>9} {:>9} {:>9} {:>9}{}\n", "group", "want", "got", "reads/s", "writes/s",
                         "MB/s r", "MB/s w", latency ? "  queue us  device us    p50 us    p99 us" : "");
     json list = json::array();
-    for (auto& r : rows) {
-      const auto& d = r.d;
+    const std::vector<double> wanted = shares_wanted(active, groups);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const QosGroupSample& d = rows[i];
       const auto n = static_cast<double>(d.reads + d.writes + d.flushes + d.others);
-      const bool background = d.owner.part == QosOwner::Part::kBackground;
-      const double want = background ? 0 : share_wanted(d.owner.group, active, groups);
+      const double want = wanted[i];
       const double got = cost > 0 ? static_cast<double>(d.cost_ns) / cost : 0;
       json j{{"name", name_of(d.owner, groups)},
              {"share_wanted", want},
@@ -114,8 +82,8 @@ json iostat_json(const std::vector<QosSample>& now, const std::vector<QosSample>
              {"device_us", static_cast<double>(d.device_ns) / n / 1e3},
              {"p50_us", static_cast<double>(d.latency.percentile(0.5)) / 1e3},
              {"p99_us", static_cast<double>(d.latency.percentile(0.99)) / 1e3}};
-      text += fmt::format("  {:<24} {:>6} {:>5.1f}% {:>9.0f} {:>9.0f} {:>9.1f} {:>9.1f}", j["name"].get<std::string>(),
-                          background ? "-" : fmt::format("{:.1f}%", want * 100), got * 100,
+      text += fmt::format("  {:<24} {:>5.1f}% {:>5.1f}% {:>9.0f} {:>9.0f} {:>9.1f} {:>9.1f}",
+                          j["name"].get<std::string>(), want * 100, got * 100,
                           j["reads_per_s"].get<double>(), j["writes_per_s"].get<double>(),
                           j["read_mb_per_s"].get<double>(), j["write_mb_per_s"].get<double>());
       if (latency)

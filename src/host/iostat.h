@@ -17,7 +17,8 @@ namespace spillway {
 std::vector<QosSample> iostat_sample(const Graph& graph);
 // The interval between two samples; `before` empty: since the start of the worker.
 //   {"disks": [{"name", "depth", "knee", "groups": [{"name", "share_wanted", "share_got", "reads_s", ...}]}], "text"}
-// share_wanted: by weight among the groups that used the disk in the interval. Times in microseconds.
+// share_wanted: what shares_wanted (qos.h) says of those that used the disk in the interval, background work and read-ahead
+// among them. Times in microseconds.
 nlohmann::json iostat_json(const std::vector<QosSample>& now, const std::vector<QosSample>& before,
                            const QosGroups& groups, bool latency);
 
