@@ -55,7 +55,8 @@ Bfq::~Bfq() {
 }
 
 std::vector<Bfq::Outcome> Bfq::run(const std::string& scheduler, const std::vector<Job>& jobs, double seconds) {
-  if (!put("/sys/block/" + device_.substr(5) + "/queue/scheduler", scheduler)) return {};
+  if (!put("/sys/block/" + device_.substr(5) + "/queue/scheduler", scheduler))
+    return error_ = "cannot set scheduler " + scheduler, std::vector<Outcome>{};
   std::vector<FILE*> pipes;
   for (size_t i = 0; i < jobs.size(); ++i) {
     const Job& j = jobs[i];
@@ -64,7 +65,7 @@ std::vector<Bfq::Outcome> Bfq::run(const std::string& scheduler, const std::vect
     std::snprintf(command, sizeof command,
                   "echo $$ > %s/tasks; exec fio --name=j --filename=%s --direct=1 --ioengine=io_uring --rw=%s --bs=%u "
                   "--iodepth=%u --offset=%llu --size=%llu --time_based --ramp_time=0.3 --runtime=%.1f --norandommap "
-                  "--output-format=json 2>/dev/null",
+                  "--output-format=json 2>&1",
                   groups_[i].c_str(), device_.c_str(), j.rw.c_str(), j.bytes, j.depth,
                   static_cast<unsigned long long>(j.offset), static_cast<unsigned long long>(j.length), seconds);
     pipes.push_back(::popen(command, "r"));
@@ -76,7 +77,7 @@ std::vector<Bfq::Outcome> Bfq::run(const std::string& scheduler, const std::vect
     for (size_t n; p != nullptr && (n = std::fread(buffer, 1, sizeof buffer, p)) > 0;) text.append(buffer, n);
     if (p != nullptr) ::pclose(p);
     auto parsed = nlohmann::json::parse(text.substr(std::min(text.find('{'), text.size())), nullptr, false);
-    if (parsed.is_discarded()) return {};
+    if (parsed.is_discarded()) return error_ = "fio: " + text.substr(0, 200), std::vector<Outcome>{};
     const auto& job = parsed["jobs"][0];
     const auto& part = job["read"]["iops"].get<double>() > 0 ? job["read"] : job["write"];
     all.push_back({part["iops"].get<double>(), part["clat_ns"]["percentile"]["99.000000"].get<double>() / 1e3});

@@ -23,12 +23,14 @@ class Bfq {
   // Null and why when something is missing. Undoes everything when it goes.
   static std::unique_ptr<Bfq> create(const std::string& file, std::string* why);
   ~Bfq();
+  // What went wrong in the last run.
+  const std::string& error() const { return error_; }
   // scheduler: "bfq" or "none". One outcome per job; empty on failure.
   std::vector<Outcome> run(const std::string& scheduler, const std::vector<Job>& jobs, double seconds);
 
  private:
   Bfq() = default;
-  std::string device_, groups_[2];
+  std::string device_, groups_[2], error_;
 };
 
 }  // namespace spillway::bench

@@ -5,15 +5,20 @@
 // and 100:900. Shares are judged from outside: a tenant's throughput divided by what it had alone without a scheduler.
 //   ratio        (strong / strong alone) / (weak / weak alone), as a part of the wanted ratio
 //   utilisation  sum over tenants of throughput / alone, with the scheduler by without
+//   attainable   the same without a scheduler, but with the weak tenant's outstanding requests cut so that the shares come
+//                out by themselves: the strong one has 32, so no more than 32 / its share can be in flight (Little's law).
+//                Where the disk's knee is beyond that, this is what exact shares cost, whoever makes them.
 //   weak p99     by (total weight / own weight) * its p99 alone at the same depth
 //   overhead     CPU per request through the filter above a leaf that does nothing but suspend once
-// Options: --file F, --seconds N (a slice), --rounds N, --only LOAD, --bfq 0|1, --depth N (fixed).
+// Options: --file F, --seconds N (a slice), --rounds N, --only LOAD, --bfq 0|1|2 (2: only that), --depth N (fixed),
+// --model F (the calibration, made when it is not there), --calibrate SECONDS.
 #include <fcntl.h>
 #include <sys/stat.h>
 
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <sstream>
 
 #include "benchmarks/common/bench.h"
 #include "benchmarks/qos/bfq.h"
@@ -76,17 +81,24 @@ struct Rig {
   Loads& loads;
   VolumePtr leaf;
   QosModel model;
-  double slice = 0.8, warm = 0.15;
-  int rounds = 5;
+  double slice = 0.2, warm = 0.1;
+  int rounds = 12;
   uint32_t depth = 0;
 };
 
 struct Series {
-  std::vector<double> ratio, use, p99, throughput;
+  std::vector<double> ratio, use, p99, attainable, cpu, cpu_fitting;
 };
 
 // As `spillway disk calibrate` does.
 void measure_disk(Rig& rig, ReactorPool& pool, double seconds) {
+  const std::string stored = rig.report.option("model", "");
+  if (std::ifstream in(stored); !stored.empty() && in) {
+    std::stringstream text;
+    text << in.rdbuf();
+    rig.model = QosModel::parse(text.str()).value();
+    return;
+  }
   CalibrateOptions options;
   options.seconds = seconds;
   options.writes = true;
@@ -97,11 +109,15 @@ void measure_disk(Rig& rig, ReactorPool& pool, double seconds) {
     r->model = c->model;
     Json curve = Json::object();
     for (auto& p : c->curve) curve[std::to_string(p.depth)] = std::round(p.iops);
-    r->report.run("calibrate", {{"iops_by_depth", curve}, {"knee", c->model.depth}, {"model", c->model.to_text()}});
+    Json large = Json::object();
+    for (auto& p : c->large_curve) large[std::to_string(p.depth)] = std::round(p.iops);
+    r->report.run("calibrate", {{"iops_by_depth", curve}, {"iops_by_depth_128K", large}, {"knee", c->model.depth},
+                                {"unit_part", c->model.unit_part}, {"model", c->model.to_text()}});
     d->store(true);
   };
   pool.at(0).post([&] { pool.at(0).spawn(work(&rig, options, &done)); });
   while (!done.load()) usleep(1000);
+  if (!stored.empty()) std::ofstream(stored) << rig.model.to_text();
 }
 
 void run_case(Rig& rig, const Case& c) {
@@ -117,7 +133,17 @@ void run_case(Rig& rig, const Case& c) {
   options.depth = rig.depth;
   options.adapt_depth = rig.depth == 0;
   auto qos = make_qos_volume(rig.leaf, options, domain).value();
-  auto both = [&](const VolumePtr& v) { return rig.loads.run(v, {c.weak, c.strong}, rig.warm, rig.slice); };
+  struct Both {
+    Outcome weak, strong;
+    double cpu_ns = 0;  // per request
+  };
+  auto both = [&](const VolumePtr& v, uint32_t weak_depth = 32) {
+    Tenant weak = c.weak;
+    weak.depth = weak_depth;
+    double cpu = 0;
+    const auto got = rig.loads.run(v, {weak, c.strong}, rig.warm, rig.slice, &cpu);
+    return Both{got[0], got[1], cpu * 1e9 / rig.slice / (got[0].ops_s + got[1].ops_s)};
+  };
   auto alone = [&](const VolumePtr& v, const Tenant& t, double s) { return rig.loads.run(v, {t}, rig.warm, s)[0]; };
   // Lets the filter find the knee, and the costs of this load.
   for (int i = 0; i < 3; ++i) {
@@ -129,35 +155,46 @@ void run_case(Rig& rig, const Case& c) {
   for (int round = 0; round < rig.rounds; ++round) {
     // Alone before and after, so that drift within the round cancels.
     Outcome weak = alone(rig.leaf, c.weak, rig.slice), strong = alone(rig.leaf, c.strong, rig.slice);
-    if (mixed) alone(qos, c.weak, rig.slice), alone(qos, c.strong, rig.slice);
-    std::vector<Outcome> raw[2], with[2];
+    Outcome weak_through, strong_through;
+    if (mixed) weak_through = alone(qos, c.weak, rig.slice), strong_through = alone(qos, c.strong, rig.slice);
+    Both raw[2], with[2], fitting[2];
     for (int w = 0; w < 2; ++w) {
       weights(strong_weight[w]);
       const bool raw_first = (round + w) % 2 == 0;
       if (raw_first) raw[w] = both(rig.leaf);
       with[w] = both(qos);
       if (!raw_first) raw[w] = both(rig.leaf);
+      if (!mixed) fitting[w] = both(rig.leaf, (32 * 100 + strong_weight[w] / 2) / strong_weight[w]);
     }
     const Outcome strong2 = alone(rig.leaf, c.strong, rig.slice), weak2 = alone(rig.leaf, c.weak, rig.slice);
     double weak_ops = (weak.ops_s + weak2.ops_s) / 2, strong_ops = (strong.ops_s + strong2.ops_s) / 2;
     if (!mixed) weak_ops = strong_ops = (weak_ops + strong_ops) / 2;  // one load: its figure alone is one figure
     const double weak_p99 = (weak.p99_us + weak2.p99_us) / 2;
     for (int w = 0; w < 2; ++w) {
-      const double a = with[w][0].ops_s / weak_ops, b = with[w][1].ops_s / strong_ops;
-      const double raw_use = raw[w][0].ops_s / weak_ops + raw[w][1].ops_s / strong_ops;
+      const auto use = [&](const Both& both) { return both.weak.ops_s / weak_ops + both.strong.ops_s / strong_ops; };
+      const double ratio = with[w].strong.ops_s / strong_ops / (with[w].weak.ops_s / weak_ops);
       const double wanted = strong_weight[w] / 100.0;
       Series& s = by_weight[w];
-      s.ratio.push_back(b / a / wanted);
-      s.use.push_back((a + b) / raw_use);
-      s.p99.push_back(with[w][0].p99_us / (weak_p99 * (1 + wanted)));
+      s.ratio.push_back(ratio / wanted);
+      s.use.push_back(use(with[w]) / use(raw[w]));
+      s.p99.push_back(with[w].weak.p99_us / (weak_p99 * (1 + wanted)));
+      s.cpu.push_back(with[w].cpu_ns - raw[w].cpu_ns);
       const QosSample q = qos->sample();
-      rig.report.run(c.name + " 100:" + std::to_string(strong_weight[w]),
-                     {{"round", round}, {"weak_alone_iops", weak_ops}, {"strong_alone_iops", strong_ops},
-                      {"none_weak_iops", raw[w][0].ops_s}, {"none_strong_iops", raw[w][1].ops_s},
-                      {"weak_iops", with[w][0].ops_s}, {"strong_iops", with[w][1].ops_s}, {"ratio", b / a},
-                      {"utilisation", s.use.back()}, {"weak_p99_us", with[w][0].p99_us},
-                      {"weak_p99_alone_us", weak_p99}, {"strong_p99_us", with[w][1].p99_us}, {"depth", q.depth},
-                      {"knee", q.knee}, {"model_speed", q.model_speed}});
+      Json run = {{"round", round}, {"weak_alone_iops", weak_ops}, {"strong_alone_iops", strong_ops},
+                  {"none_weak_iops", raw[w].weak.ops_s}, {"none_strong_iops", raw[w].strong.ops_s},
+                  {"weak_iops", with[w].weak.ops_s}, {"strong_iops", with[w].strong.ops_s}, {"ratio", ratio},
+                  {"utilisation", s.use.back()}, {"weak_p50_us", with[w].weak.p50_us},
+                  {"weak_p99_us", with[w].weak.p99_us}, {"weak_p99_alone_us", weak_p99},
+                  {"strong_p99_us", with[w].strong.p99_us}, {"none_cpu_ns", raw[w].cpu_ns}, {"cpu_ns", with[w].cpu_ns},
+                  {"depth", q.depth}, {"knee", q.knee}};
+      if (mixed) {
+        run["weak_alone_through_iops"] = weak_through.ops_s, run["strong_alone_through_iops"] = strong_through.ops_s;
+      } else {
+        s.attainable.push_back(use(fitting[w]) / use(raw[w]));
+        s.cpu_fitting.push_back(with[w].cpu_ns - fitting[w].cpu_ns);
+        run["attainable"] = s.attainable.back();
+      }
+      rig.report.run(c.name + " 100:" + std::to_string(strong_weight[w]), run);
     }
   }
   for (int w = 0; w < 2; ++w) {
@@ -166,9 +203,17 @@ void run_case(Rig& rig, const Case& c) {
     rig.report.gate(name + "ratio by wanted, low", ratio, ">=", 0.97);
     rig.report.gate(name + "ratio by wanted, high", ratio, "<=", 1.03);
     rig.report.gate(name + "utilisation", median(by_weight[w].use), ">=", 0.97);
+    if (!mixed) {
+      std::vector<double> of_attainable;
+      for (size_t i = 0; i < by_weight[w].use.size(); ++i)
+        of_attainable.push_back(by_weight[w].use[i] / by_weight[w].attainable[i]);
+      rig.report.run(name + "attainable with these shares", {{"utilisation", median(by_weight[w].attainable)}});
+      rig.report.gate(name + "utilisation by attainable", median(of_attainable), ">=", 0.97);
+    }
     rig.report.gate(name + "weak p99 by its bound", median(by_weight[w].p99), "<=", 1.5);
+    rig.report.run(name + "extra CPU per request", {{"ns", median(by_weight[w].cpu)}, {"beside_as_few_in_flight_ns", median(by_weight[w].cpu_fitting)}});
   }
-  std::printf("%s", qos->model().to_text().c_str());
+  rig.report.run(c.name + " model", {{"text", qos->model().to_text()}});
 }
 
 // Not gated: a tenant with one request outstanding cannot be backlogged.
@@ -285,22 +330,26 @@ void overhead(Rig& rig, ReactorPool& one_cpu, ReactorPool& two_cpus) {
   }
 }
 
-void run_bfq(Rig& rig, const std::string& file, const std::vector<Case>& cases) {
+void run_bfq(Rig& rig, const std::string& file, const std::vector<Case>& cases, const std::string& only) {
   std::string why;
   auto bfq = Bfq::create(file, &why);
   if (!bfq) {
     rig.report.run("BFQ", {{"skipped", why}});
     return;
   }
-  for (const Case& c : cases)
+  for (const Case& c : cases) {
+    if (!c.name.starts_with(only)) continue;
     for (uint32_t strong : {300u, 900u}) {
       std::vector<double> ratio, use, p99;
-      for (int round = 0; round < std::min(rig.rounds, 3); ++round) {
+      for (int round = 0; round < std::min(rig.rounds, 2); ++round) {
         const Bfq::Job a{c.fio_weak, c.weak.bytes, 32, c.weak.offset, c.weak.length, 100};
         const Bfq::Job b{c.fio_strong, c.strong.bytes, 32, c.strong.offset, c.strong.length, strong};
         auto a1 = bfq->run("none", {a}, 1), b1 = bfq->run("none", {b}, 1);
         auto raw = bfq->run("none", {a, b}, 1), with = bfq->run("bfq", {a, b}, 2);
-        if (a1.empty() || b1.empty() || raw.size() < 2 || with.size() < 2) continue;
+        if (a1.empty() || b1.empty() || raw.size() < 2 || with.size() < 2) {
+          rig.report.run("BFQ " + c.name, {{"failed", bfq->error()}});
+          return;
+        }
         const double x = with[0].ops_s / a1[0].ops_s, y = with[1].ops_s / b1[0].ops_s;
         ratio.push_back(y / x);
         use.push_back((x + y) / (raw[0].ops_s / a1[0].ops_s + raw[1].ops_s / b1[0].ops_s));
@@ -309,6 +358,7 @@ void run_bfq(Rig& rig, const std::string& file, const std::vector<Case>& cases) 
       rig.report.run("BFQ " + c.name + " 100:" + std::to_string(strong),
                      {{"ratio", median(ratio)}, {"utilisation", median(use)}, {"weak_p99_us", median(p99)}});
     }
+  }
 }
 
 int main_of(int argc, char** argv) {
@@ -327,8 +377,8 @@ int main_of(int argc, char** argv) {
   auto one = ReactorPool::start({0}).value();
   auto two = ReactorPool::start({0, 1 % cpus()}).value();
   Loads loads(*two);
-  Rig rig{report, loads, *leaf, {}, report.option("seconds", 0.8), 0.15,
-          static_cast<int>(report.option("rounds", 5.0)), static_cast<uint32_t>(report.option("depth", 0.0))};
+  Rig rig{report, loads, *leaf, {}, report.option("seconds", 0.2), 0.1,
+          static_cast<int>(report.option("rounds", 12.0)), static_cast<uint32_t>(report.option("depth", 0.0))};
   const std::vector<Case> cases = {
       same("random read 4K", 4096, false, false, "randread"),
       same("random write 4K", 4096, true, false, "randwrite"),
@@ -339,12 +389,13 @@ int main_of(int argc, char** argv) {
        "randread"},
   };
   if (only.empty() || only == "overhead") overhead(rig, *one, *two);
-  if (only != "overhead" && only != "q2") measure_disk(rig, *two, report.option("calibrate", 12.0));
+  if (only != "overhead" && only != "q2" && report.option("bfq", 0.0) < 2) measure_disk(rig, *two, report.option("calibrate", 12.0));
+  // --bfq 2: nothing but that.
   for (const Case& c : cases)
-    if (only.empty() || c.name.starts_with(only)) run_case(rig, c);
+    if (report.option("bfq", 0.0) < 2 && c.name.starts_with(only)) run_case(rig, c);
   if (only.empty() || only == "qd1") report_qd1(rig);
   if (only.empty() || only == "q2") report_q2(rig, file);
-  if (report.option("bfq", only.empty() ? 1.0 : 0.0) != 0) run_bfq(rig, file, cases);
+  if (report.option("bfq", only.empty() ? 1.0 : 0.0) != 0) run_bfq(rig, file, cases, only);
   return report.finish();
 }
 
