@@ -185,7 +185,7 @@ void run_case(Rig& rig, const Case& c) {
                   {"weak_iops", with[w].weak.ops_s}, {"strong_iops", with[w].strong.ops_s}, {"ratio", ratio},
                   {"utilisation", s.use.back()}, {"weak_p50_us", with[w].weak.p50_us},
                   {"weak_p99_us", with[w].weak.p99_us}, {"weak_p99_alone_us", weak_p99},
-                  {"strong_p99_us", with[w].strong.p99_us}, {"none_cpu_ns", raw[w].cpu_ns}, {"cpu_ns", with[w].cpu_ns},
+                  {"strong_p99_us", with[w].strong.p99_us}, {"none_p99_us", raw[w].weak.p99_us}, {"none_cpu_ns", raw[w].cpu_ns}, {"cpu_ns", with[w].cpu_ns},
                   {"depth", q.depth}, {"knee", q.knee}};
       if (mixed) {
         run["weak_alone_through_iops"] = weak_through.ops_s, run["strong_alone_through_iops"] = strong_through.ops_s;

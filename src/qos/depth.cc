@@ -22,11 +22,11 @@ uint32_t DepthControl::depth() const {
   return std::min(d, fits_);
 }
 
-void DepthControl::window(double rate, bool saturated, double fits, double lost) {
+void DepthControl::window(double rate, bool saturated, double fits, double missed) {
   if (fits >= knee_ / 3.0) {
-    lost_ += kLostGain * (lost - lost_);
-    if (lost_ > kLostMost) part_ = std::max(kPartLeast, part_ - kPartDown);
-    else if (lost_ < kLostLeast) part_ = std::min(kPartMost, part_ + kPartUp);
+    missed_ += kMissedGain * (std::clamp(missed, -0.5, 0.5) - missed_);
+    if (missed_ > kMissedMost) part_ = std::max(kPartLeast, part_ - std::min(kPartDown, 0.2 * missed_));
+    else if (missed_ < kMissedLeast) part_ = std::min(kPartMost, part_ + kPartUp);
     fits_ = std::clamp(static_cast<uint32_t>(fits * part_), least_, most_);
   } else {
     fits_ = most_;

@@ -15,8 +15,8 @@
 // already, and the device's own queue shares by numbers, not by weights. So depth is limited to a part of the least q / f
 // of the groups with q / f of at least a third of the knee (a tenant with less outstanding than that is limited by itself,
 // and the disk is not throttled for its sake). Which part: all of it would do if nothing ever waited between its completion
-// and the next request; what is missing to that is learned from what was really lost (sfq.h, take_lost), slowly, because
-// of the loss of one moment (a thread that got no CPU) less depth gives nothing back.
+// and the next request; what is missing to that is learned from by how much that group's ratio to the others really falls
+// short, averaged, because what is missed in one moment (a thread that got no CPU) less depth does not give back.
 //
 // Thread-safety: thread-confined (to the arbiter's holder).
 #pragma once
@@ -32,15 +32,15 @@ class DepthControl {
   uint32_t depth() const;     // to be used now
   uint32_t knee() const { return knee_; }
   // A window has ended. rate: work per time; saturated: work was queued all the time; fits: the least q / f there was,
-  // 0 = none; lost: by what part its ratio to the others fell short because it ran dry.
-  void window(double rate, bool saturated, double fits, double lost);
+  // 0 = none; missed: by what part that group's ratio to the others fell short (negative: was beyond).
+  void window(double rate, bool saturated, double fits, double missed);
 
  private:
   static constexpr double kGainUp = 0.012, kLossDown = 0.006;
   static constexpr uint32_t kMinQuads = 12, kMaxQuads = 40, kMaxRest = 1024;
   static constexpr double kSure = 3;  // it is asked after every quad: two would be wrong once in a minute of noise
-  static constexpr double kLostMost = 0.012, kLostLeast = 0.004, kLostGain = 0.05;
-  static constexpr double kPartMost = 0.98, kPartLeast = 0.75, kPartDown = 0.005, kPartUp = 0.0025;
+  static constexpr double kMissedMost = 0.012, kMissedLeast = 0.006, kMissedGain = 0.05;
+  static constexpr double kPartMost = 0.98, kPartLeast = 0.6, kPartUp = 0.0025, kPartDown = 0.02;
   uint32_t candidate() const;
   void decide();
   void next_probe(bool taken);
@@ -48,7 +48,7 @@ class DepthControl {
   uint32_t knee_, least_, most_, floor_;
   uint32_t fits_;              // limit for the sake of shares; most_ when there is none
   double part_ = 0.95;         // of q / f
-  double lost_ = 0;            // average
+  double missed_ = 0;          // average
   bool up_ = true;
   uint32_t refused_ = 0;       // in a row
   uint32_t rest_ = 0, next_rest_ = 64;

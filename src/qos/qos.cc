@@ -473,11 +473,12 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     double outstanding = 0;  // requests, on average
     double units = 1;        // of the depth, of its average request
     double stay = 0;         // time in the device by cost
+    double cost_ns = 0;      // what it had
   };
   std::vector<Active> active_in_window(uint64_t now);
   struct Fits {
     double in_flight = 0;  // the least q / f of the groups that were active (depth.h); 0 when there is none
-    double share = 0.5;    // what part of the whole that group is due
+    double missed = 0;     // by what part that group's ratio to the others fell short
   };
   Fits in_flight_that_fits(const std::vector<Active>& active);
   void refresh(uint64_t now);
@@ -570,7 +571,6 @@ void Qos::roll_window(uint64_t now) {
   const uint64_t latency = completions == 0 ? 0 : (t.device_ns - at_start_.device_ns) / completions;
   if (completions > 0)
     tree_.set_keep(2 * latency, static_cast<uint64_t>(all / static_cast<double>(completions)) * control_.depth());
-  const auto lost = static_cast<double>(tree_.take_lost());
   if (saturated) {
     speed_.store(all / static_cast<double>(elapsed), std::memory_order_relaxed);
   }
@@ -589,10 +589,8 @@ void Qos::roll_window(uint64_t now) {
                           static_cast<double>(t.slow_ns[i] - at_start_.slow_ns[i]) / static_cast<double>(n));
   if (active.size() < 2) lone_.store(active.empty() ? kNobody : active[0].slot, std::memory_order_relaxed);
   if (options_.adapt_depth) {
-    // What a group with the part f loses of the whole, the others have: its ratio to them falls by 1 / (f (1 - f)) of it.
     const Fits fits = in_flight_that_fits(active);
-    const double ratio_lost = all > 0 ? lost / all / (fits.share * (1 - fits.share)) : 0;
-    control_.window(base / static_cast<double>(elapsed), saturated, fits.in_flight, ratio_lost);
+    control_.window(base / static_cast<double>(elapsed), saturated, fits.in_flight, fits.missed);
     depth_.store(control_.depth(), std::memory_order_relaxed);
   }
   knee_.store(control_.knee(), std::memory_order_relaxed);
@@ -632,7 +630,7 @@ std::vector<Qos::Active> Qos::active_in_window(uint64_t now) {
       continue;
     }
     active.push_back({slot, w.outstanding, static_cast<double>(taken) / static_cast<double>(ios),
-                      static_cast<double>(device_ns + 1) / static_cast<double>(cost_ns + 1)});
+                      static_cast<double>(device_ns + 1) / static_cast<double>(cost_ns + 1), static_cast<double>(cost_ns)});
   }
   return active;
 }
@@ -643,11 +641,14 @@ Qos::Fits Qos::in_flight_that_fits(const std::vector<Active>& active) {
   std::vector<SfqTree::Node*> nodes;
   for (auto& a : active) nodes.push_back(leaf_node(a.slot));
   const std::vector<double> share = tree_.shares(nodes);
-  double all = 0;
+  double all = 0, cost = 0;
+  for (auto& a : active) cost += a.cost_ns;
   for (size_t i = 0; i < active.size(); ++i) all += share[i] * active[i].stay * active[i].units;
   for (size_t i = 0; i < active.size(); ++i) {
     const double fits = active[i].outstanding * all / (share[i] * active[i].stay);
-    if (fits >= control_.knee() / 2.0 && (least.in_flight == 0 || fits < least.in_flight)) least = {fits, share[i]};
+    if (fits < control_.knee() / 2.0 || (least.in_flight != 0 && fits >= least.in_flight)) continue;
+    const double wanted = share[i] / (1 - share[i]), got = active[i].cost_ns / std::max(1.0, cost - active[i].cost_ns);
+    least = {fits, 1 - got / wanted};
   }
   return least;
 }

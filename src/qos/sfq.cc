@@ -41,7 +41,6 @@ struct SfqTree::Node {
   uint64_t clock = 0;             // V of its own children
   uint64_t idle_since = 0;
   uint64_t served = 0;
-  uint64_t recent = 0;            // items lately, for take_lost
   std::vector<Node*> heap;        // backlogged children, least start tag first
   std::vector<Node*> children;
   struct Fifo {
@@ -155,7 +154,6 @@ void SfqTree::activate(Node* n, uint64_t now) {
     if (!before(n->finish, v)) n->start = n->finish;
     else if (keep_ns_ != 0 && now - n->idle_since <= keep_ns_) {
       n->start = later(n->finish, v - n->step(credit_));
-      if (n->recent * 4 >= root_->recent) lost_ += ((n->start - n->finish) >> kShift) * n->weight;
     } else {
       n->start = v;
     }
@@ -283,7 +281,6 @@ SfqItem* SfqTree::pop(uint64_t now, Node** from, uint32_t home) {
     --queued_;
     for (Node* n = leaf; n != nullptr; n = n->parent) {
       n->served += item->cost;
-      ++n->recent;
       if (n->caps.any()) {
         auto& bps = item->is_write ? n->wbps : n->rbps;
         auto& iops = item->is_write ? n->wiops : n->riops;
@@ -311,11 +308,6 @@ SfqItem* SfqTree::pop(uint64_t now, Node** from, uint32_t home) {
     return item;
   }
   return nullptr;
-}
-
-uint64_t SfqTree::take_lost() {
-  for (auto& n : nodes_) n->recent /= 2;
-  return std::exchange(lost_, 0);
 }
 
 std::vector<double> SfqTree::shares(const std::vector<Node*>& leaves) {

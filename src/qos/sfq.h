@@ -83,10 +83,6 @@ class SfqTree {
   // See the file's header. 0, 0 = plain SFQ.
   void set_keep(uint64_t keep_ns, uint64_t credit_cost) { keep_ns_ = keep_ns, credit_ = credit_cost; }
 
-  // Cost that groups with a quarter or more of the recent service would have had, beyond the credit, had their queues
-  // not run dry between completions: a sign of too much in flight. Since the last call, which also ages "recent".
-  uint64_t take_lost();
-
   // What part of the whole each of these leaves is due while they, and no others, have work.
   std::vector<double> shares(const std::vector<Node*>& leaves);
 
@@ -123,7 +119,7 @@ class SfqTree {
   uint64_t queued_ = 0;
   uint64_t sequence_ = 0, arrivals_ = 0;
   uint64_t keep_ns_ = 0, credit_ = 0;
-  uint64_t lost_ = 0, stamp_ = 0;
+  uint64_t stamp_ = 0;
 };
 
 }  // namespace spillway
