@@ -483,7 +483,7 @@ TEST(Qos, Costs_areNotLearnedFromAShallowLoad_norWhileLargeRequestsAreHeldBack) 
   Disk d = disk("ssd", domain, options);
   Cluster c(2, 3);
   Tally one, a, b;
-  start(c, 0, d.qos.get(), reads(1, 4096), &one, 1, 1);
+  start(c, 0, d.qos.get(), reads(1, 4096), &one, 4, 1);
   c.run_until(500 * kMs);
   stop(c, {&one});
   EXPECT_EQ(d.qos->sample().model_updates, 0u);
