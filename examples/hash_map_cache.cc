@@ -1,5 +1,4 @@
-// A hash-map cache made reclaimable: an LruItem in the object, add and del where it comes and goes, two
-// callbacks. Everything between the marks is what the cache had to learn; the rest is the cache and a show.
+// A hash-map cache made reclaimable: an LruItem in the object, add and del where it comes and goes, two callbacks.
 #include <cstdio>
 #include <memory>
 #include <mutex>
@@ -13,7 +12,6 @@ namespace sr = spillway::reclaim;
 class Cache {
  public:
   explicit Cache(sr::Registry& reg) : root_(reg.root()), lru_(reg) {
-    // ---- reclaim
     shrinker_ = reg.alloc(sr::ShrinkerFlags::kNone, "hash-map");
     lru_.attach(&shrinker_);
     shrinker_.set_count([this](const sr::ScanRequest& q) { return lru_.count(q); });
@@ -27,7 +25,6 @@ class Cache {
       });
     });
     shrinker_.register_();
-    // ----
   }
   ~Cache() {
     shrinker_.free();  // from here nobody calls back
