@@ -1,4 +1,4 @@
-// rcutorture for shrinkers: usage: reclaim_soak [SECONDS (10)] [SEED]. Register, free, groups, re-parenting, lists,
+// rcutorture for shrinkers: usage: reclaim_soak [--seconds] [SECONDS (10)] [SEED]. Register, free, groups, re-parenting, lists,
 // charges, parallel passes and manual scans at random on all cores, with allocation failures (1 in 64) and
 // false low memory (1 in 100) throughout. Each shrinker's data is poisoned when free returns; callbacks check
 // it. A watcher reports a reader or a pass that stalls for 10 s. Ends with every sum at zero, or aborts.
@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <thread>
@@ -95,6 +96,10 @@ bool fault(std::size_t) { return t_faulty && ++t_faults % 64 == 0; }
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "--seconds") == 0) {  // as ./test --soak says it
+    ++argv;
+    --argc;
+  }
   const double seconds = argc > 1 ? std::atof(argv[1]) : 10;
   const unsigned seed = argc > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : std::random_device()();
   std::printf("soak: %.0f s, seed %u\n", seconds, seed);
