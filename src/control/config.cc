@@ -268,7 +268,8 @@ Status read_export(Section& s, ExportConfig& e) {
   if (e.volume.empty()) return s.missing("volume");
   SPILLWAY_CHECK(s.text("group", e.group));
   SPILLWAY_CHECK(s.boolean("readonly", e.read_only));
-  std::string mode = "isolated";
+  // A pmem file's page cache is its cache: frames as well only where somebody asks for them.
+  std::string mode = e.device == "virtio-pmem" ? "none" : "isolated";
   SPILLWAY_CHECK(s.one_of("cache", mode, {"isolated", "trusted", "none"}));
   e.cache = mode == "none" ? CacheMode::kNone : mode == "trusted" ? CacheMode::kTrusted : CacheMode::kIsolated;
   SPILLWAY_CHECK(s.path("socket", e.socket));
@@ -517,6 +518,13 @@ Status Config::check_overlaps() const {
             return fail(later.where.error(
                 "volume", fmt::format("\"{}\" overlaps the writable export \"{}\" at \"{}\"; make one readonly",
                                       later.volume, other.name, p.node)));
+          // What a pmem guest stored, or what it has resident, nobody else's requests pass by.
+          for (const ExportConfig* pmem : {&x, &y})
+            if (pmem->device == "virtio-pmem")
+              return fail(pmem->where.error(
+                  "volume", fmt::format("\"{}\" overlaps export \"{}\" at \"{}\", and one of them writes: a virtio-pmem "
+                                        "export can share only what nobody writes",
+                                        pmem->volume, pmem == &x ? y.name : x.name, p.node)));
           // One writes, one reads: coherent only where both go through the same cached volume.
           const bool same_cache = data_node(x.volume) == data_node(y.volume) &&
                                   x.cache != CacheMode::kNone && y.cache != CacheMode::kNone;

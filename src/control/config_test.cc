@@ -99,6 +99,11 @@ TEST(Config_overlap, of_writable_exports_is_refused) {
   EXPECT_EQ(error_of(with("volume = \"b\"", "volume = \"fast\"\nreadonly = true")), "");
   EXPECT_NE(error_of(with("volume = \"b\"", "volume = \"d0\"\nreadonly = true")).find("by another way"),
             std::string::npos);
+  // A pmem guest's pages are its own: what others write does not reach them, what it stores is not seen by others.
+  EXPECT_NE(error_of(with("device = \"virtio-blk\"\nvolume = \"b\"",
+                          "device = \"virtio-pmem\"\nvolume = \"fast\"\nreadonly = true"))
+                .find("virtio-pmem export can share only what nobody writes"),
+            std::string::npos);
 }
 
 }  // namespace

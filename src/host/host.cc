@@ -185,8 +185,7 @@ Task<Status> Host::build() {
   }
   SPILLWAY_CO_CHECK(co_await refuse_shared_extents());
   for (auto& [name, e] : config_.exports) {
-    const CacheMode mode = e.device == "virtio-pmem" ? CacheMode::kNone : e.cache;
-    auto volume = co_await graph_->open_cached(e.volume, mode, tenant_of(e.group));
+    auto volume = co_await graph_->open_cached(e.volume, e.cache, tenant_of(e.group));
     if (!volume) co_return fail(volume.error());
     if (!e.read_only && (*volume)->geometry().read_only)
       co_return fail(e.where.error("volume", fmt::format("\"{}\" is read-only; say readonly = true", e.volume)));
