@@ -4,6 +4,10 @@
  *   check FILE MIB SEED    prints "wrong N"
  *   churn FILE MIB SEED S  for S seconds: writes, fsyncs and re-reads random pages through the mapping
  *   fsync FILE             rewrites a page of it and prints ok or the errno's name of fsync
+ *   dma FILE MIB SEED S DISK  for S seconds: O_DIRECT reads of DISK (made by fill with the same MIB and SEED) into the
+ *                          mapping, O_DIRECT writes of the mapping into the second half of DISK's size, stores, and
+ *                          re-reads; every page is checked against what must be in it
+ *   touch FILE MIB N       N loads of random pages: prints the medians in ns: cold (first touch), warm (second touch)
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -13,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -36,6 +41,16 @@ static int same(const uint64_t *p, uint64_t page, uint64_t tag) {
   return 1;
 }
 
+static uint64_t now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+static int less(const void *a, const void *b) {
+  const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+  return x < y ? -1 : x > y;
+}
+
 int main(int argc, char **argv) {
   if (argc < 3) return 2;
   const uint64_t mib = argc > 3 ? strtoull(argv[3], 0, 0) : 0, seed = argc > 4 ? strtoull(argv[4], 0, 0) : 0;
@@ -55,7 +70,10 @@ int main(int argc, char **argv) {
     puts(fsync(fd) == 0 ? "ok" : strerrorname_np(errno));
     return 0;
   }
-  if (!strcmp(argv[1], "fill") && ftruncate(fd, size)) die("truncate");
+  struct stat st;
+  if (fstat(fd, &st)) die("stat");
+  if (!strcmp(argv[1], "fill") && S_ISREG(st.st_mode) && (uint64_t)st.st_size != size && ftruncate(fd, (off_t)size))
+    die("truncate");
   char *base = mmap(0, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) die("mmap");
   if (!strcmp(argv[1], "fill")) {
@@ -83,6 +101,56 @@ int main(int argc, char **argv) {
     for (uint64_t i = 0; i < pages; ++i) wrong += !same((uint64_t *)(base + i * 4096), i, tag[i]);
     printf("wrong %llu ops %llu syncs %llu\n", (unsigned long long)wrong, (unsigned long long)ops,
            (unsigned long long)syncs);
+  } else if (!strcmp(argv[1], "dma")) {
+    const time_t end = time(0) + strtol(argv[5], 0, 0);
+    const int disk = open(argv[6], O_RDWR | O_DIRECT);
+    if (disk < 0) die("open disk");
+    uint64_t *block = calloc(pages, sizeof *block), *tag = calloc(pages, sizeof *tag);  /* what page i holds */
+    uint64_t r = seed, wrong = 0, reads = 0, writes = 0, syncs = 0;
+    for (uint64_t i = 0; i < pages; ++i) { block[i] = i; tag[i] = seed; }
+    while (time(0) < end) {
+      for (int k = 0; k < 32; ++k) {
+        r = mix(r + 1);
+        const uint64_t n = 1 + r % 16, i = (r >> 8) % (pages - n), j = (r >> 32) % (pages - n);
+        if (r >> 60 < 8) {  /* the device writes into the mapping */
+          if (pread(disk, base + i * 4096, n * 4096, (off_t)(j * 4096)) != (ssize_t)(n * 4096)) die("pread");
+          for (uint64_t k2 = 0; k2 < n; ++k2) { block[i + k2] = j + k2; tag[i + k2] = seed; }
+          reads += n;
+        } else if (r >> 60 < 11) {  /* the device reads from the mapping */
+          if (pwrite(disk, base + i * 4096, n * 4096, (off_t)(size + i * 4096)) != (ssize_t)(n * 4096)) die("pwrite");
+          static char copy[16 * 4096] __attribute__((aligned(4096)));
+          if (pread(disk, copy, n * 4096, (off_t)(size + i * 4096)) != (ssize_t)(n * 4096)) die("pread back");
+          for (uint64_t k2 = 0; k2 < n; ++k2)
+            wrong += !same((uint64_t *)(copy + k2 * 4096), block[i + k2], tag[i + k2]);
+          writes += n;
+        } else {
+          for (uint64_t k2 = 0; k2 < n; ++k2) {
+            tag[i + k2] = seed + 1 + (r & 0xffff) + k2;
+            put((uint64_t *)(base + (i + k2) * 4096), block[i + k2], tag[i + k2]);
+          }
+        }
+        const uint64_t v = mix(r) % pages;
+        wrong += !same((uint64_t *)(base + v * 4096), block[v], tag[v]);
+      }
+      if (++syncs % 8 == 0 && fsync(fd)) die("fsync");
+    }
+    for (uint64_t i = 0; i < pages; ++i) wrong += !same((uint64_t *)(base + i * 4096), block[i], tag[i]);
+    printf("wrong %llu dma-in %llu dma-out %llu rounds %llu\n", (unsigned long long)wrong, (unsigned long long)reads,
+           (unsigned long long)writes, (unsigned long long)syncs);
+  } else if (!strcmp(argv[1], "touch")) {
+    const uint64_t n = seed < pages ? seed : pages, step = pages / n;
+    uint64_t *cold = calloc(n, sizeof *cold), *warm = calloc(n, sizeof *warm), sum = 0;
+    for (uint64_t i = 0; i < n; ++i) {
+      volatile uint64_t *p = (uint64_t *)(base + i * step * 4096);
+      const uint64_t t0 = now(); sum += *p;
+      const uint64_t t1 = now(); sum += p[8];
+      const uint64_t t2 = now();
+      cold[i] = t1 - t0; warm[i] = t2 - t1;
+    }
+    qsort(cold, n, sizeof *cold, less); qsort(warm, n, sizeof *warm, less);
+    printf("cold %llu p99 %llu warm %llu\n", (unsigned long long)cold[n / 2], (unsigned long long)cold[n * 99 / 100],
+           (unsigned long long)warm[n / 2]);
+    (void)sum;
   }
   return 0;
 }

@@ -91,6 +91,8 @@ Answer PmemDevice::handle(const Request& request, std::vector<Fd> fds) {
   Answer a;
   if (auto* refused = std::get_if<Refused>(&request)) return refuse(refused->error);
   if (auto* m = std::get_if<DmaMap>(&request)) {
+    log(LogLevel::kDebug, "vfio-user", "{}: dma map {:#x}+{:#x} flags {} offset {:#x} fds {}", options_.name, m->address,
+        m->size, m->flags, m->offset, fds.size());
     const Status s = dma_.map(*m, fds.empty() ? Fd() : std::move(fds[0]));
     if (!s) {
       LOG_LIMITED(LogLevel::kWarn, "vfio-user", "{}: {}", options_.name, s.error().message());
@@ -101,8 +103,13 @@ Answer PmemDevice::handle(const Request& request, std::vector<Fd> fds) {
     return a;
   }
   if (auto* u = std::get_if<DmaUnmap>(&request)) {
-    if (u->flags == kUnmapAll) dma_.clear();
-    else if (!dma_.unmap(u->address, u->size)) return refuse(EINVAL);
+    log(LogLevel::kDebug, "vfio-user", "{}: dma unmap {:#x}+{:#x} flags {}", options_.name, u->address, u->size, u->flags);
+    if (u->flags == kUnmapAll) {
+      dma_.clear();
+    } else if (Status s = dma_.unmap(u->address, u->size); !s) {
+      LOG_LIMITED(LogLevel::kWarn, "vfio-user", "{}: {}", options_.name, s.error().message());
+      return refuse(s.error().to_errno());
+    }
     attach_queue();
     process();
     append(a.body, *u);

@@ -57,7 +57,7 @@ uint64_t PciModel::offered_features() { return virtio::kPmemFeatureShmemRegion |
 void PciModel::init(DeviceState& s, uint64_t size, bool msix) {
   s = DeviceState{};
   s.magic = kStateMagic;
-  s.version = 1;
+  s.version = kStateVersion;
   s.size = size;
   s.bar_msix = msix;
   uint8_t* c = s.config;

@@ -5,7 +5,12 @@
 //   no note, message in the socket      -> it handles it (again: every message can be handled twice)
 //   note, message still in the socket   -> consumes it and sends the noted reply
 //   note, message gone                  -> sends the noted reply
-// The last one is ambiguous for the instant between the end of sendmsg and the clearing of the note; a killed process
+// Messages with descriptors go another way. A peek brings the descriptors of the *next* message when this one has none
+// (Linux goes on over the queue after the last byte asked for), and a DMA_MAP is right with and without one. So the message
+// and what the peek brought are put into the store, then the message is received for good, which tells whose they were:
+//   taking set, message still in the socket   -> nothing happened yet
+//   taking set, message gone                  -> the successor handles the stored one
+// The third line is ambiguous for the instant between the end of sendmsg and the clearing of the note; a killed process
 // finishes the system call it is in, so the window is a few instructions. Messages without reply have no such window.
 //
 // Thread-confined to one reactor of the pool, except stop, stats and to_text.
@@ -175,6 +180,7 @@ class VfioUserExport final : public Export {
     if (adopted) {
       why = device.adopt();
       if (why) why = finish_noted_reply(fd);
+      if (why) why = finish_taken(fd, device);
     }
     while (why && !stopping_) {
       publish(device);
@@ -205,7 +211,7 @@ class VfioUserExport final : public Export {
     text_ = device.to_text();
   }
 
-  // Peeks exactly `size` bytes; descriptors of the message are added to `fds` when it is not null.
+  // Peeks exactly `size` bytes; `fds` gets the descriptors of the message, or of a later one when it has none.
   Task<Status> peek(int fd, std::byte* to, size_t size, std::vector<Fd>* fds) {
     alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * 64)];
     for (int tries = 0; tries < kShortTries; ++tries) {
@@ -221,15 +227,7 @@ class VfioUserExport final : public Export {
       const int32_t n = co_await wait(op);
       std::vector<Fd> got;
       if (n > 0 && fds != nullptr) {
-        for (cmsghdr* c = CMSG_FIRSTHDR(&m); c != nullptr; c = CMSG_NXTHDR(&m, c)) {
-          if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
-          const size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-          for (size_t i = 0; i < count; ++i) {
-            int raw = -1;
-            std::memcpy(&raw, CMSG_DATA(c) + i * sizeof(int), sizeof raw);
-            got.emplace_back(raw);
-          }
-        }
+        collect(m, got);
         if ((m.msg_flags & MSG_CTRUNC) != 0 || got.size() > kMaxFds)
           co_return fail(ErrorKind::kInvalid, "too many descriptors in one message");
       }
@@ -269,12 +267,25 @@ class VfioUserExport final : public Export {
     SPILLWAY_CO_CHECK(co_await peek(fd, message_.data(), h.size, &fds));
     std::memcpy(&h, message_.data(), sizeof h);
     if (!header_ok(h) || h.size != message_.size()) co_return fail(ErrorKind::kInvalid, "header changed");
+    if (!takes_descriptors(h)) fds.clear();
+    const bool taken = !fds.empty();
+    if (taken) SPILLWAY_CO_CHECK(take(fd, h, fds));
+    co_return handle(fd, device, h, std::move(fds), taken);
+  }
+
+  static bool takes_descriptors(const Header& h) {
+    const auto c = static_cast<Command>(h.command);
+    return c == Command::kDmaMap || c == Command::kSetIrqs;
+  }
+
+  // `message_`, whose header is `h`; taken: it has left the socket.
+  Status handle(int fd, PmemDevice& device, const Header& h, std::vector<Fd> fds, bool taken) {
     const Request request = parse(h, std::span(message_).subspan(sizeof h), fds.size());
     Answer answer;
     if (auto* v = std::get_if<Version>(&request)) {
       answer = version(*v);
     } else if (!state_->versioned) {
-      co_return fail(ErrorKind::kInvalid, fmt::format("command {} before VERSION", h.command));
+      return fail(ErrorKind::kInvalid, fmt::format("command {} before VERSION", h.command));
     } else {
       answer = device.handle(request, std::move(fds));
     }
@@ -283,9 +294,80 @@ class VfioUserExport final : public Export {
                   strerror(answer.error));
     const bool wants_reply = (h.flags & kFlagNoReply) == 0;
     if (wants_reply) note(h, answer);
-    SPILLWAY_CO_CHECK(consume(fd, h.size));
-    if (!wants_reply) co_return Status{};
-    co_return send_noted(fd);
+    if (!taken) SPILLWAY_CHECK(consume(fd, h.size));
+    Status sent = wants_reply ? send_noted(fd) : Status{};
+    set_taking(0);
+    return sent;
+  }
+
+  void set_taking(uint32_t how) {
+    // release: what it speaks of (taking_id, the store's entry) is there before it.
+    __atomic_store_n(&state_->taking, how, __ATOMIC_RELEASE);
+  }
+
+  // Receives the message that has been peeked into `message_`; `fds`: in, what the peek brought; out, what is its own.
+  Status take(int fd, const Header& h, std::vector<Fd>& fds) {
+    if (options_.store != nullptr) {
+      std::vector<int> raw;
+      for (Fd& one : fds) raw.push_back(one.get());
+      SPILLWAY_CHECK(options_.store->put(key("taking"), raw,
+                                         {reinterpret_cast<const char*>(message_.data()), message_.size()}));
+      state_->taking_id = h.id;
+      set_taking(kTaking);
+    }
+    std::vector<Fd> own;
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * 64)];
+    for (size_t done = 0; done < message_.size();) {
+      iovec iov{message_.data() + done, message_.size() - done};
+      msghdr m{};
+      m.msg_iov = &iov;
+      m.msg_iovlen = 1;
+      m.msg_control = control;
+      m.msg_controllen = sizeof control;
+      const ssize_t n = ::recvmsg(fd, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+      if (n < 0 && errno == EINTR) continue;
+      if (n <= 0) return fail(ErrorKind::kIo, "message vanished");
+      collect(m, own);
+      done += static_cast<size_t>(n);
+    }
+    if (options_.store != nullptr) set_taking(own.empty() ? kTakenBare : kTaken);
+    fds = std::move(own);
+    return {};
+  }
+
+  static void collect(msghdr& m, std::vector<Fd>& to) {
+    for (cmsghdr* c = CMSG_FIRSTHDR(&m); c != nullptr; c = CMSG_NXTHDR(&m, c)) {
+      if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+      const size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+      for (size_t i = 0; i < count; ++i) {
+        int raw = -1;
+        std::memcpy(&raw, CMSG_DATA(c) + i * sizeof(int), sizeof raw);
+        to.emplace_back(raw);
+      }
+    }
+  }
+
+  // What a predecessor had taken out of the socket and not answered.
+  Status finish_taken(int fd, PmemDevice& device) {
+    DeviceState& s = *state_;
+    const uint32_t how = __atomic_load_n(&s.taking, __ATOMIC_ACQUIRE);
+    if (how == 0 || options_.store == nullptr) return {};
+    SPILLWAY_TRY(auto kept, options_.store->get(key("taking")));
+    Header h{};
+    if (kept.blob.size() < sizeof h) return fail(ErrorKind::kCorrupt, "kept message");
+    std::memcpy(&h, kept.blob.data(), sizeof h);
+    if (!header_ok(h) || h.size != kept.blob.size() || h.id != s.taking_id)
+      return fail(ErrorKind::kCorrupt, "kept message");
+    Header next{};
+    const ssize_t n = ::recv(fd, &next, sizeof next, MSG_PEEK | MSG_DONTWAIT);
+    if (how == kTaking && n == sizeof next && next.id == h.id && next.command == h.command) {
+      set_taking(0);
+      return {};
+    }
+    message_.resize(kept.blob.size());
+    std::memcpy(message_.data(), kept.blob.data(), kept.blob.size());
+    if (how == kTakenBare) kept.fds.clear();
+    return handle(fd, device, h, std::move(kept.fds), true);
   }
 
   Answer version(const Version& v) {
@@ -350,6 +432,7 @@ class VfioUserExport final : public Export {
   Status finish_noted_reply(int fd) {
     DeviceState& s = *state_;
     if (__atomic_load_n(&s.reply_pending, __ATOMIC_ACQUIRE) == 0) return {};
+    if (s.taking_id == s.reply_id) set_taking(0);  // handled, and only the answer is missing
     if (s.reply_size < sizeof(Header) || s.reply_size > sizeof s.reply)
       return fail(ErrorKind::kCorrupt, "kept reply");
     Header h{};
@@ -393,7 +476,7 @@ Kept adopt(const ExportOptions& o, uint64_t size, bool msix) {
   k.state = one("state");
   DeviceState s{};
   const bool fits = k.state && ::pread(k.state.get(), &s, sizeof s, 0) == sizeof s && s.magic == kStateMagic &&
-                    s.version == 1 && s.size == size && (s.bar_msix != 0) == msix;
+                    s.version == kStateVersion && s.size == size && (s.bar_msix != 0) == msix;
   if (!fits) {
     k.connection.reset();
     k.state.reset();

@@ -15,6 +15,9 @@ inline constexpr uint32_t kMsixVectors = 2;
 inline constexpr uint16_t kQueueSizeMax = 128;
 inline constexpr uint16_t kNoVector = 0xffff;
 
+inline constexpr uint32_t kStateVersion = 2;
+inline constexpr uint32_t kTaking = 1, kTaken = 2, kTakenBare = 3;
+
 struct QueueState {
   uint16_t size, vector, enabled, reserved;
   uint64_t desc, driver, device;  // guest addresses
@@ -40,6 +43,10 @@ struct DeviceState {
   uint16_t reply_fd;       // 1: the backing's descriptor goes with it
   uint32_t reply_size;
   uint8_t reply[8192];
+  // A message with descriptors is taken out of the socket before it is handled (server.cc). 0: none; kTaking: perhaps taken;
+  // kTaken: with descriptors; kTakenBare: they were the next message's.
+  uint32_t taking;
+  uint16_t taking_id, reserved2;
 };
 static_assert(std::is_trivially_copyable_v<DeviceState>);
 
