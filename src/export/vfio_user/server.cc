@@ -101,8 +101,11 @@ class VfioUserExport final : public Export {
       keep_ = keep;
       home_.post([this] {
         if (op_ != nullptr) home_.cancel(*op_);
+        told_.set();
       });
     }
+    // Both: the run may end by itself before the message gets there, and then we must still be here for it.
+    co_await told_.wait();
     co_await finished_.wait();
     if (!keep && !unlinked_) {
       unlinked_ = true;
@@ -453,7 +456,7 @@ class VfioUserExport final : public Export {
   bool started_ = false, unlinked_ = false;
   std::atomic<bool> stopping_{false};
   std::atomic<bool> keep_{false};
-  AsyncEvent finished_;
+  AsyncEvent finished_, told_;
   mutable std::mutex mutex_;
   ExportStats stats_;
   std::string text_;
