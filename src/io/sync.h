@@ -142,7 +142,8 @@ class AsyncEvent {
   struct [[nodiscard]] Wait {
     AsyncEvent& e;
     Waiter w;
-    bool await_ready() const noexcept { return e.is_set(); }
+    // Always under the lock: who waits may destroy the event next, and set() must be done with it by then.
+    bool await_ready() const noexcept { return false; }
     bool await_suspend(std::coroutine_handle<> h) {
       w.handle = h;
       w.reactor = &Reactor::current();
