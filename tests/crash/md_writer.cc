@@ -1,8 +1,10 @@
 // Makes md arrays on files with Spillway's own code, for other programs to open (tests/vm/full_md_test.py).
 //
-//   md_writer FILE... --layer raid5 [--chunk N] [--layout L] [--consistency C] [--fail I] [--kill] [--seed N]
-// Creates the array, writes all of it with a pattern, then rewrites parts; --fail: member I fails half way; --kill: exits
-// without closing, between two writes. Prints the sha256 of the contents, the size in bytes.
+//   md_writer FILE... --layer raid5 [--chunk N] [--layout L] [--consistency C] [--fail FILE] [--grow FILE]
+//             [--replace OLD NEW] [--kill] [--seed N] | --read
+// Creates the array, writes all of it with a pattern, then rewrites parts. Half way: --fail: that member fails; --grow: that
+// file joins a linear array; --replace: NEW (no member before) takes OLD's place. --kill: exits without closing, between
+// two writes. Prints the sha256 of the contents, the size in bytes.
 #include <fmt/core.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -36,7 +38,7 @@ void check(Status s) {
 int main(int argc, char** argv) {
   LayerSpec spec;
   spec.name = "made-here";
-  std::string fail_member;
+  std::string fail_member, late_name, replaced;
   bool kill = false, read = false;
   uint64_t seed = 1;
   for (int i = 1; i < argc; ++i) {
@@ -47,6 +49,8 @@ int main(int argc, char** argv) {
     else if (a == "--layout") spec.raid5_layout = value();
     else if (a == "--consistency") spec.consistency = value();
     else if (a == "--fail") fail_member = value();
+    else if (a == "--grow") late_name = value();
+    else if (a == "--replace") replaced = value(), late_name = value();
     else if (a == "--seed") seed = std::stoull(value());
     else if (a == "--kill") kill = true;
     else if (a == "--read") read = true;
@@ -78,6 +82,14 @@ int main(int argc, char** argv) {
     ::pclose(p);
     return 0;
   }
+  VolumePtr late;
+  for (auto it = spec.members.begin(); it != spec.members.end(); ++it)
+    if ((*it)->name() == late_name) {
+      late = *it;
+      spec.members.erase(it);
+      break;
+    }
+  if (!late_name.empty() && !late) die("no file " + late_name);
   auto plan = r.block_on(create_array(spec, CreateOptions{}));
   if (!plan) die(plan.error().message());
   auto v = r.block_on(assemble(spec));
@@ -92,9 +104,18 @@ int main(int argc, char** argv) {
   for (uint64_t at = 0; at < model.size(); at += kMiB) put(at, std::min<uint64_t>(kMiB, model.size() - at));
   for (int i = 0; i < 200; ++i) {
     if (i == 100 && !fail_member.empty()) check(r.block_on(array_control(**v)->fail_member(fail_member)));
+    if (i == 100 && late && replaced.empty()) {
+      check(r.block_on(grow(**v, late)));
+      const uint64_t before = model.size();
+      model.resize((*v)->size());
+      for (uint64_t at = before; at < model.size(); at += kMiB) put(at, std::min<uint64_t>(kMiB, model.size() - at));
+    } else if (i == 100 && late) {
+      check(r.block_on(array_control(**v)->replace_member(replaced, late)));
+    }
     const uint64_t at = random() % (model.size() / 4096) * 4096;
     put(at, std::min<uint64_t>((1 + random() % 40) * 4096, model.size() - at));
   }
+  if (!replaced.empty()) r.block_on(array_control(**v)->wait_idle());
   if (!kill) check(r.block_on((*v)->close()));
   else check(r.block_on((*v)->flush({})));
   FILE* p = ::popen("sha256sum | cut -c1-64", "w");
