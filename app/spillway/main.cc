@@ -91,7 +91,7 @@ void show(Cli& c, const std::string& command, std::string (*report)(const json&,
 }
 
 bool confirmed(const Cli& c, const std::string& question) {
-  if (c.yes) return true;
+  if (c.yes || c.force) return true;
   if (::isatty(STDIN_FILENO) == 0) {
     std::fprintf(stderr, "spillway: %s: say --yes to do it\n", question.c_str());
     return false;
@@ -114,6 +114,9 @@ void with_config(Cli& c, Fn fn) {
     if (!c.config.empty()) c.exit_code = kExitUsage;
     return;
   }
+  // Work without the daemon: every array that is started for it.
+  if (c.force)
+    for (auto& [name, volume] : config->volumes) volume.force = true;
   Status s = fn(*config);
   if (!s) c.exit_code = report_error(s.error());
 }
@@ -203,7 +206,7 @@ void volume_member(Cli& c, const std::string& command) {
   }
   if (destroys) {
     if (joins && !c.as_json) print(lines);
-    if (!c.force && !confirmed(c, fmt::format("volume {}: {}", c.name, joins ? "what is on the disk" : "a member is taken out of use"))) {
+    if (!confirmed(c, fmt::format("volume {}: {}", c.name, joins ? "what is on the disk" : "a member is taken out of use"))) {
       c.exit_code = kExitFailed;
       return;
     }
@@ -256,7 +259,7 @@ int run(int argc, char** argv) {
   app.add_flag("-p,--exact", c.exact, "Sizes as plain bytes");
   app.add_flag("--yes", c.yes, "Do not ask");
   app.add_flag("--dry-run", c.dry_run, "Say what would be done");
-  app.add_flag("--force", c.force);
+  app.add_flag("--force", c.force, "As --yes; without the daemon also: write to a dirty degraded array");
 
   app.add_subcommand("status", "Everything on one page")->callback([&] { show(c, "status", status_report); });
   app.add_subcommand("metrics", "Counters as Prometheus text")->callback([&] {

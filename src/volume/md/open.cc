@@ -466,7 +466,7 @@ Task<Result<VolumePtr>> open_redundant(Opening& o) {
     else if (!spec.read_only && !init.ppl && !spec.force)
       co_return fail(ErrorKind::kDegraded,
                      fmt::format("volume {}: dirty and degraded without a partial parity log: what the missing member held "
-                                 "may be lost; read it with --read-only, or start it with --force", spec.name));
+                                 "may be lost; read it with --read-only, or start it with --force (config: force = true)", spec.name));
   }
   if (init.ppl && dirty && degraded && spec.read_only)
     for (const MemberPtr& m : a.slots)
