@@ -12,6 +12,9 @@ if(SPILLWAY_SANITIZE)
   # alignment: liburcu's headers read list nodes through unaligned types.
   target_compile_options(spillway_flags INTERFACE -fsanitize=${SPILLWAY_SANITIZE} -fno-sanitize-recover=all
     -fno-sanitize=alignment)
+  if(SPILLWAY_FUZZ)  # without it libFuzzer sees no branch of the code under test, only of the fuzzer's own file
+    target_compile_options(spillway_flags INTERFACE -fsanitize=fuzzer-no-link)
+  endif()
   target_link_options(spillway_flags INTERFACE -fsanitize=${SPILLWAY_SANITIZE})
 endif()
 find_program(MOLD mold)

@@ -76,7 +76,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (size_t i = 0; i < 3; ++i) {
     md::RawSuperblock raw;
     std::memcpy(&raw, t.disks[i]->bytes.data() + 4096, sizeof raw);
-    if (raw.max_dev <= 1920) {
+    if (raw.max_dev > 0 && raw.max_dev <= 1920) {
       std::vector<uint16_t> roles(raw.max_dev);
       std::memcpy(roles.data(), t.disks[i]->bytes.data() + 4096 + sizeof raw, 2 * roles.size());
       raw.checksum = md::superblock_checksum(raw, roles);

@@ -25,7 +25,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     // Second pass behind the checksum.
     md::RawSuperblock raw;
     std::memcpy(&raw, page.data(), sizeof raw);
-    if (raw.max_dev > 1920) break;
+    if (raw.max_dev == 0 || raw.max_dev > 1920) break;
     std::vector<uint16_t> roles(raw.max_dev);
     std::memcpy(roles.data(), page.data() + sizeof raw, 2 * roles.size());
     raw.checksum = md::superblock_checksum(raw, roles);

@@ -218,9 +218,9 @@ class MdTest(harness.VmTest):
         for i, mib in enumerate((16, 16, 24)):
             self.sparse(f"g{i}.img", mib)
         sock = self.folder / "vm.sock"
-        config = "".join(f'[disk.g{i}]\npath = "g{i}.img"\n' for i in range(3)) +
-                          '[volume.lin]\nlayer = "linear"\nmembers = ["g0", "g1"]\nmetadata = "md"\n'
-                          '[export.vm]\ndevice = "virtio-blk"\nvolume = "lin"\nsocket = "vm.sock"\n'
+        config = ("".join(f'[disk.g{i}]\npath = "g{i}.img"\n' for i in range(3)) +
+                  '[volume.lin]\nlayer = "linear"\nmembers = ["g0", "g1"]\nmetadata = "md"\n'
+                  '[export.vm]\ndevice = "virtio-blk"\nvolume = "lin"\nsocket = "vm.sock"\n')
         path = self.folder / "grow.toml"
         path.write_text(config)
 
