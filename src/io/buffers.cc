@@ -7,12 +7,6 @@
 
 namespace spillway {
 
-uint64_t iov_length(Iov iov) {
-  uint64_t n = 0;
-  for (auto& v : iov) n += v.iov_len;
-  return n;
-}
-
 // Calls fn(address, length) for the pieces of [skip, skip + size); returns the bytes covered.
 template <class Fn>
 static size_t for_pieces(Iov iov, size_t skip, size_t size, Fn fn) {

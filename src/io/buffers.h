@@ -18,7 +18,11 @@ namespace spillway {
 
 using Iov = std::span<const iovec>;
 
-uint64_t iov_length(Iov iov);
+inline uint64_t iov_length(Iov iov) {
+  uint64_t n = 0;
+  for (const iovec& v : iov) n += v.iov_len;
+  return n;
+}
 // Copies min(length of iov - skip, size) bytes; returns how many. memcpy semantics.
 size_t copy_from_iov(void* to, Iov iov, size_t skip, size_t size);
 size_t copy_to_iov(Iov iov, size_t skip, const void* from, size_t size);

@@ -29,31 +29,31 @@ Status Volume::check_range(uint64_t offset, uint64_t length, bool writes) const 
 }
 
 Task<Status> Volume::read(IoContext ctx, uint64_t offset, Iov iov) {
-  SPILLWAY_ASSERT(check_range(offset, iov_length(iov), false).has_value());
+  SPILLWAY_ASSERT(in_range(offset, iov_length(iov), false));
   return do_read(ctx, offset, iov);
 }
 
 Task<Status> Volume::write(IoContext ctx, uint64_t offset, Iov iov) {
-  SPILLWAY_ASSERT(check_range(offset, iov_length(iov), true).has_value());
+  SPILLWAY_ASSERT(in_range(offset, iov_length(iov), true));
   return do_write(ctx, offset, iov);
 }
 
 Task<Status> Volume::flush(IoContext ctx) { return do_flush(ctx); }
 
 Task<Status> Volume::discard(IoContext ctx, uint64_t offset, uint64_t length) {
-  SPILLWAY_ASSERT(check_range(offset, length, true).has_value());
+  SPILLWAY_ASSERT(in_range(offset, length, true));
   if (geometry_.discard_granularity == 0)
     return Task<Status>::ready(fail(ErrorKind::kUnsupported, fmt::format("volume {}: discard", name_)));
   return do_discard(ctx, offset, length);
 }
 
 Task<Status> Volume::write_zeroes(IoContext ctx, uint64_t offset, uint64_t length, bool may_unmap) {
-  SPILLWAY_ASSERT(check_range(offset, length, true).has_value());
+  SPILLWAY_ASSERT(in_range(offset, length, true));
   return do_write_zeroes(ctx, offset, length, may_unmap);
 }
 
 Task<Result<std::vector<Extent>>> Volume::block_status(uint64_t offset, uint64_t length) {
-  SPILLWAY_ASSERT(check_range(offset, length, false).has_value());
+  SPILLWAY_ASSERT(in_range(offset, length, false));
   return do_block_status(offset, length);
 }
 

@@ -125,6 +125,13 @@ class Volume {
   Geometry& mutable_geometry() { return geometry_; }  // in constructors only
 
  private:
+  // check_range without a word: the entry of every request of every layer.
+  bool in_range(uint64_t offset, uint64_t length, bool writes) const {
+    const uint64_t rest = geometry_.block_size - 1, total = size();
+    return !(writes && geometry_.read_only) && length != 0 && ((offset | length) & rest) == 0 && offset <= total &&
+           length <= total - offset;
+  }
+
   std::string name_;
   std::atomic<uint64_t> size_;
   Geometry geometry_;
