@@ -163,24 +163,29 @@ Task<Status> RedundantArray::member_write(Member& m, IoContext ctx, uint64_t off
 }
 
 Task<Status> RedundantArray::slot_write(size_t slot, IoContext ctx, uint64_t offset, const void* from, uint64_t length) {
+  const iovec v{const_cast<void*>(from), length};
+  co_return co_await slot_write(slot, ctx, offset, Iov(&v, 1));
+}
+
+Task<Status> RedundantArray::slot_write(size_t slot, IoContext ctx, uint64_t offset, Iov from) {
   const Table& t = table();
   const MemberPtr m = t.slots[slot], r = t.replacements[slot];
   if (!m || m->state.load() == MemberState::kFaulty) co_return Status{};
   if (r && r->state.load() == MemberState::kRebuilding) {
     std::vector<Task<Status>> both;
     Status of_member{}, of_replacement{};
-    auto one = [](Member& to, IoContext c, uint64_t at, const void* data, uint64_t n, Status* out) -> Task<Status> {
-      *out = co_await member_write(to, c, at, data, n);
+    auto one = [](Member& to, IoContext c, uint64_t at, Iov data, Status* out) -> Task<Status> {
+      *out = co_await to.volume->write(c, to.data_offset_ + at, data);
       co_return Status{};
     };
-    both.push_back(one(*m, ctx, offset, from, length, &of_member));
-    both.push_back(one(*r, ctx, offset, from, length, &of_replacement));
+    both.push_back(one(*m, ctx, offset, from, &of_member));
+    both.push_back(one(*r, ctx, offset, from, &of_replacement));
     co_await all_of(std::move(both));
     if (!of_replacement) note_fault(*r, of_replacement.error());
     if (!of_member && !note_fault(*m, of_member.error())) co_return of_member;
     co_return Status{};
   }
-  Status s = co_await member_write(*m, ctx, offset, from, length);
+  Status s = co_await m->volume->write(ctx, m->data_offset_ + offset, from);
   if (!s && !note_fault(*m, s.error())) co_return s;
   co_return Status{};
 }

@@ -185,6 +185,7 @@ class RedundantArray : public Volume, public ArrayControl {
   // A write to a slot's member and to its replacement, if one is being filled; errors are noted as faults. The error of
   // the member comes back when the array cannot lose it.
   Task<Status> slot_write(size_t slot, IoContext ctx, uint64_t offset, const void* from, uint64_t length);
+  Task<Status> slot_write(size_t slot, IoContext ctx, uint64_t offset, Iov from);  // `from` outlives the task
   bool faults_recorded() const {
     return recorded_.load(std::memory_order_acquire) >= noted_.load(std::memory_order_acquire);
   }

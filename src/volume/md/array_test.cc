@@ -171,10 +171,11 @@ TEST(Raid5_full_rows, are_written_without_reading) {
   Rig rig(kFour);
   VolumePtr v = rig.open();
   ASSERT_TRUE(rig.sim.block_on(write_bytes(*v, 0, random_bytes(1, 192 * kKiB))));  // activates
-  uint64_t reads = 0, written = 0;
-  for (auto& d : rig.disks) reads -= d->counters().reads, written -= d->counters().written_bytes;
+  uint64_t reads = 0, written = 0, writes = 0;
+  for (auto& d : rig.disks) reads -= d->counters().reads, written -= d->counters().written_bytes, writes -= d->counters().writes;
   ASSERT_TRUE(rig.sim.block_on(write_bytes(*v, 192 * kKiB, random_bytes(2, 2 * 192 * kKiB))));
-  for (auto& d : rig.disks) reads += d->counters().reads, written += d->counters().written_bytes;
+  for (auto& d : rig.disks) reads += d->counters().reads, written += d->counters().written_bytes, writes += d->counters().writes;
+  EXPECT_EQ(writes, 4u);  // one to each member, for both rows
   EXPECT_EQ(reads, 0u);
   EXPECT_EQ(written, 2 * 256 * kKiB);
   rig.close(v);

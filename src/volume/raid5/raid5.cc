@@ -18,6 +18,7 @@ namespace {
 using namespace md;
 
 constexpr uint64_t kRowsAtOnce = 32;
+constexpr uint64_t kMergedBytes = 512 * kKiB;  // of a member in one request
 
 // to = xor of the sources; one source: a copy.
 void xor_into(std::byte* to, const std::vector<const std::byte*>& from, uint64_t length) {
@@ -101,6 +102,7 @@ class Raid5 final : public RedundantArray {
   bool usable(uint64_t row, uint32_t disk) const { return table().in_use(disk, (row + 1) * chunk_); }
 
   static std::vector<Rect> cut(uint64_t a, uint64_t b, uint64_t chunk);
+  Task<Status> write_rows(IoContext ctx, uint64_t first, uint64_t rows, Iov iov, uint64_t skip);
   Task<Status> write_row(IoContext ctx, uint64_t row, uint64_t a, uint64_t b, Iov iov, uint64_t skip);
   Task<Status> read_row(IoContext ctx, uint64_t row, uint64_t a, uint64_t b, Iov iov, uint64_t skip);
   Task<Status> write_locked(IoContext ctx, uint64_t row, uint64_t a, uint64_t b, Iov iov, uint64_t skip);
@@ -363,6 +365,13 @@ Task<Status> Raid5::do_write(IoContext ctx, uint64_t offset, Iov iov) {
     std::vector<Task<Status>> tasks;
     for (uint64_t n = 0; n < kRowsAtOnce && done < length; ++n) {
       const uint64_t p = offset + done, r = p / row_data(), i = p % row_data();
+      const uint64_t whole = i == 0 ? std::min({(length - done) / row_data(), kRowsAtOnce - n, kMergedBytes / chunk_}) : 0;
+      if (whole > 1 && !ppl_) {  // (rows have their logs on different members)
+        tasks.push_back(write_rows(ctx, r, whole, iov, done));
+        done += whole * row_data();
+        n += whole - 1;
+        continue;
+      }
       const uint64_t k = std::min(length - done, row_data() - i);
       tasks.push_back(write_row(ctx, r, i, i + k, iov, done));
       done += k;
@@ -371,6 +380,49 @@ Task<Status> Raid5::do_write(IoContext ctx, uint64_t offset, Iov iov) {
   }
   end_write(first, end);
   co_return co_await settle(std::move(s));
+}
+
+// Whole rows: what they put on one member lies there in one piece, and is written in one.
+Task<Status> Raid5::write_rows(IoContext ctx, uint64_t first, uint64_t rows, Iov iov, uint64_t skip) {
+  co_await stripes_.lock_range(first, first + rows - 1);
+  Status s{};
+  bool healthy = !array_failed();
+  for (uint32_t disk = 0; disk < disks_ && healthy; ++disk) healthy = usable(first + rows - 1, disk);
+  if (!healthy) {
+    for (uint64_t r = 0; r < rows && s; ++r) s = co_await write_locked(ctx, first + r, 0, row_data(), iov, skip + r * row_data());
+    stripes_.unlock_range(first, first + rows - 1);
+    co_return s;
+  }
+  Buffers held;
+  held.reserve(rows * disks_);
+  std::vector<std::vector<iovec>> per_disk(disks_, std::vector<iovec>(rows));
+  for (uint64_t r = 0; r < rows && s; ++r) {
+    std::vector<const std::byte*> sources;
+    for (uint32_t d = 0; d < disks_; ++d) {  // the last one: the parity
+      held.emplace_back(buffers_);
+      if (!held.back()) {
+        s = fail(ErrorKind::kNoMemory, fmt::format("volume {}: write", name()));
+        break;
+      }
+      std::byte* const to = held.back().data();
+      const bool is_parity = d == disks_ - 1;
+      per_disk[is_parity ? parity_of(first + r) : disk_of(first + r, d)][r] = {to, chunk_};
+      if (is_parity) {
+        xor_into(to, sources, chunk_);
+      } else {
+        copy_from_iov(to, iov, skip + r * row_data() + d * chunk_, chunk_);
+        sources.push_back(to);
+      }
+    }
+  }
+  if (s && !faults_recorded()) s = co_await record_faults();
+  if (s) {
+    std::vector<Task<Status>> writes;
+    for (uint32_t disk = 0; disk < disks_; ++disk) writes.push_back(slot_write(disk, ctx, first * chunk_, Iov(per_disk[disk])));
+    s = co_await all_of(std::move(writes));
+  }
+  stripes_.unlock_range(first, first + rows - 1);
+  co_return s;
 }
 
 Task<Status> Raid5::write_row(IoContext ctx, uint64_t row, uint64_t a, uint64_t b, Iov iov, uint64_t skip) {
