@@ -93,7 +93,9 @@ Task<Result<ImageInfo>> image_info(VolumePtr file, ImageFormat format);
 std::string info_to_json(const std::string& filename, uint64_t actual_bytes, const ImageInfo& info);
 std::string info_to_text(const std::string& filename, uint64_t actual_bytes, const ImageInfo& info);
 
-enum class Qcow2Repair : uint8_t { kNone, kLeaks, kAll };
+// kAllOrNothing: as kAll, but an image with damage that repair does not cure (tables that overlap, or lead nowhere) is not
+// written at all.
+enum class Qcow2Repair : uint8_t { kNone, kLeaks, kAll, kAllOrNothing };
 struct Qcow2CheckReport {
   uint64_t errors = 0;         // corruptions found (and not repaired)
   uint64_t leaks = 0;          // clusters counted but not used

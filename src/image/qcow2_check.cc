@@ -32,6 +32,12 @@ class Counts {
     (*page)[cluster % kPage] += static_cast<uint32_t>(n);
     if (n > 0) end_ = std::max(end_, cluster + 1);
   }
+  template <class Fn>
+  void each(Fn fn) const {
+    for (auto& [page, counts] : pages_)
+      for (uint64_t i = 0; i < kPage; ++i)
+        if ((*counts)[i] != 0) fn(page * kPage + i, (*counts)[i]);
+  }
   uint64_t end() const { return end_; }  // one past the highest that was ever counted
   bool any(uint64_t first, uint64_t n) const {
     for (uint64_t c = first; c < first + n && c < end_; ++c)
@@ -62,11 +68,6 @@ class Checker {
   uint64_t mismatched = 0, wrong_flags = 0;
 
  private:
-  struct Flag {
-    uint64_t at;     // in the file
-    uint64_t value;  // entry as it should be
-  };
-
   void note(std::string line) {
     if (report.lines.size() < 100) report.lines.push_back(std::move(line));
   }
@@ -76,14 +77,15 @@ class Checker {
   }
   uint64_t end() const { return align_up(io_.size(), h_.cluster_size()); }
   bool count(const std::string& what, uint64_t offset, uint64_t length, bool aligned);
-  Task<Status> count_l1(std::string who, uint64_t offset, uint64_t entries, bool active);
-  Task<Status> count_l2(const std::string& who, uint64_t index, uint64_t table, bool active);
-  void check_l2_entry(const std::string& who, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t at, bool active);
-  void want_flag(uint64_t host, uint64_t entry, uint64_t at);
+  Task<Status> count_l1(std::string who, uint64_t offset, uint64_t entries);
+  Task<Status> count_l2(const std::string& who, uint64_t index, uint64_t table);
+  void check_l2_entry(const std::string& who, uint64_t entry, uint64_t bitmap, uint64_t guest);
+  Task<Status> write_entry(uint64_t at, uint64_t value);
   Task<Status> count_refcounts();
   Task<Status> compare();
-  void judge_flags();
-  Task<Status> write_flags();
+  void judge_overlaps();
+  Task<Status> judge_flags(bool repair);
+  Task<Status> judge_flag(uint64_t entry, uint64_t at, bool repair);
   Task<Status> write_refcounts();
 
   MemberIo io_;
@@ -91,8 +93,8 @@ class Checker {
   Header h_;
   Counts counts_;
   std::vector<uint64_t> reftable_;
-  std::vector<std::pair<Flag, uint64_t>> flags_;  // entries of the active state that name `second`
-  std::vector<Flag> fixes_;
+  std::vector<std::pair<std::string, uint64_t>> alone_;  // tables whose clusters nothing else may refer to
+  Counts l2_tables_;  // snapshots may share these, with each other and with nothing else
   uint64_t last_host_ = 0;
 };
 
@@ -124,12 +126,7 @@ bool Checker::count(const std::string& what, uint64_t offset, uint64_t length, b
   return true;
 }
 
-void Checker::want_flag(uint64_t host, uint64_t entry, uint64_t at) {
-  flags_.push_back({{at, entry}, host >> h_.cluster_bits});
-}
-
-void Checker::check_l2_entry(const std::string& who, uint64_t entry, uint64_t bitmap, uint64_t guest, uint64_t at,
-                             bool active) {
+void Checker::check_l2_entry(const std::string& who, uint64_t entry, uint64_t bitmap, uint64_t guest) {
   const std::string what = fmt::format("{}L2 entry for offset {:#x}", who, guest);
   if ((entry & kCompressed) != 0) {
     const CompressedSpan span = compressed_span(entry, h_.cluster_bits);
@@ -159,24 +156,25 @@ void Checker::check_l2_entry(const std::string& who, uint64_t entry, uint64_t bi
   ++report.clusters_allocated;
   if (last_host_ != 0 && host != last_host_ + h_.cluster_size()) ++report.clusters_fragmented;
   last_host_ = host;
-  if (active) want_flag(host, entry, at);
 }
 
-Task<Status> Checker::count_l2(const std::string& who, uint64_t index, uint64_t table, bool active) {
+Task<Status> Checker::count_l2(const std::string& who, uint64_t index, uint64_t table) {
   std::vector<std::byte> raw(h_.cluster_size());
   SPILLWAY_CO_CHECK(co_await io_.read(ctx_, table, raw.data(), raw.size()));
   const uint64_t size = h_.l2_entry_size();
   for (uint64_t i = 0; i < h_.l2_entries(); ++i) {
     const uint64_t entry = load64(&raw[i * size]), bitmap = h_.extended_l2() ? load64(&raw[i * size + 8]) : 0;
     if (entry == 0 && bitmap == 0) continue;
-    check_l2_entry(who, entry, bitmap, (index * h_.l2_entries() + i) << h_.cluster_bits, table + i * size, active);
+    check_l2_entry(who, entry, bitmap, (index * h_.l2_entries() + i) << h_.cluster_bits);
   }
   co_return Status{};
 }
 
-Task<Status> Checker::count_l1(std::string who, uint64_t offset, uint64_t entries, bool active) {
+Task<Status> Checker::count_l1(std::string who, uint64_t offset, uint64_t entries) {
   if (entries == 0) co_return Status{};
   if (!count(who + "L1 table", offset, entries * 8, true)) co_return Status{};
+  for (uint64_t c = offset; c < offset + entries * 8; c += h_.cluster_size())
+    alone_.emplace_back(who + "L1 table", c >> h_.cluster_bits);
   std::vector<std::byte> raw(entries * 8);
   SPILLWAY_CO_CHECK(co_await io_.read(ctx_, offset, raw.data(), raw.size()));
   std::unordered_set<uint64_t> seen;
@@ -190,8 +188,8 @@ Task<Status> Checker::count_l1(std::string who, uint64_t offset, uint64_t entrie
       continue;
     }
     if (!count(what, table, h_.cluster_size(), true)) continue;
-    if (active) want_flag(table, e, offset + i * 8);
-    SPILLWAY_CO_CHECK(co_await count_l2(who, i, table, active));
+    l2_tables_.add(table >> h_.cluster_bits, 1);
+    SPILLWAY_CO_CHECK(co_await count_l2(who, i, table));
   }
   co_return Status{};
 }
@@ -248,21 +246,62 @@ Task<Status> Checker::compare() {
   co_return Status{};
 }
 
-// "Copied" must stand exactly where the count is one.
-void Checker::judge_flags() {
-  for (auto& [flag, cluster] : flags_) {
-    const bool copied = (flag.value & kCopied) != 0, one = counts_.get(cluster) == 1;
-    if (copied == one) continue;
-    ++wrong_flags;
-    note(fmt::format("ERROR OFLAG_COPIED of the entry {:#x} at {:#x}: refcount is {}", flag.value, flag.at,
-                     counts_.get(cluster)));
-    fixes_.push_back({flag.at, flag.value ^ kCopied});
+// What a table shares with data or another table can not be told by counts: two owners are counted as two. Overlaps of
+// the refcount structure itself are counts that differ; a new structure cures them.
+void Checker::judge_overlaps() {
+  for (auto& [what, cluster] : alone_)
+    if (counts_.get(cluster) > 1)
+      error(fmt::format("{} at {:#x} overlaps something else", what, cluster << h_.cluster_bits));
+  l2_tables_.each([&](uint64_t cluster, uint64_t n) {
+    if (counts_.get(cluster) != n)
+      error(fmt::format("L2 table at {:#x} overlaps something else", cluster << h_.cluster_bits));
+  });
+}
+
+// "Copied" must stand exactly where the count is one, in the active state. A second reading: remembering every entry
+// would take three times the memory of the tables.
+Task<Status> Checker::judge_flags(bool repair) {
+  std::vector<std::byte> l1(uint64_t{h_.l1_size} * 8), l2(h_.cluster_size());
+  if (l1.empty()) co_return Status{};
+  SPILLWAY_CO_CHECK(co_await io_.read(ctx_, h_.l1_offset, l1.data(), l1.size()));
+  for (uint64_t i = 0; i < h_.l1_size; ++i) {
+    const uint64_t e = load64(&l1[i * 8]), table = e & kOffsetMask;
+    if (l2_tables_.get(table >> h_.cluster_bits) == 0 || table == 0) continue;  // none, or none that makes sense
+    SPILLWAY_CO_CHECK(co_await judge_flag(e, h_.l1_offset + i * 8, repair));
+    if (h_.external_data()) continue;
+    SPILLWAY_CO_CHECK(co_await io_.read(ctx_, table, l2.data(), l2.size()));
+    for (uint64_t k = 0; k < h_.l2_entries(); ++k) {
+      const uint64_t entry = load64(&l2[k * h_.l2_entry_size()]);
+      if ((entry & kCompressed) == 0) SPILLWAY_CO_CHECK(co_await judge_flag(entry, table + k * h_.l2_entry_size(), repair));
+    }
   }
+  if (repair && wrong_flags > 0) SPILLWAY_CO_CHECK(co_await io_.volume().flush(ctx_));
+  co_return Status{};
+}
+
+Task<Status> Checker::judge_flag(uint64_t entry, uint64_t at, bool repair) {
+  const uint64_t host = entry & kOffsetMask, n = counts_.get(host >> h_.cluster_bits);
+  // Places that make no sense are errors of their own.
+  const bool wrong = host != 0 && is_aligned(host, h_.cluster_size()) && host < end() && ((entry & kCopied) != 0) != (n == 1);
+  if (!wrong) return Task<Status>::ready({});
+  if (!repair) {
+    ++wrong_flags;
+    note(fmt::format("ERROR OFLAG_COPIED of the entry {:#x} at {:#x}: refcount is {}", entry, at, n));
+    return Task<Status>::ready({});
+  }
+  return write_entry(at, entry ^ kCopied);
+}
+
+Task<Status> Checker::write_entry(uint64_t at, uint64_t value) {
+  std::byte b[8];
+  store64(b, value);
+  co_return co_await io_.write(ctx_, at, b, 8);
 }
 
 Task<Status> Checker::run() {
   counts_.add(0, 1);
-  SPILLWAY_CO_CHECK(co_await count_l1("", h_.l1_offset, h_.l1_size, true));
+  alone_.emplace_back("header", 0);
+  SPILLWAY_CO_CHECK(co_await count_l1("", h_.l1_offset, h_.l1_size));
   if (h_.snapshots > 0) {
     const uint64_t have = end() - std::min(end(), h_.snapshots_offset);
     std::vector<std::byte> raw(std::min(have, kMaxSnapshotBytes));
@@ -270,34 +309,23 @@ Task<Status> Checker::run() {
     uint64_t used = 0;
     Result<std::vector<Snapshot>> list = parse_snapshots(raw, h_, &used);
     if (!list) co_return std::unexpected(std::move(list).error());
-    count("snapshot table", h_.snapshots_offset, used, true);
+    if (count("snapshot table", h_.snapshots_offset, used, true))
+      for (uint64_t at = 0; at < used; at += h_.cluster_size())
+        alone_.emplace_back("snapshot table", (h_.snapshots_offset + at) >> h_.cluster_bits);
     for (const Snapshot& s : *list)
-      SPILLWAY_CO_CHECK(co_await count_l1(fmt::format("snapshot {}: ", s.id), s.l1_offset, s.l1_size, false));
+      SPILLWAY_CO_CHECK(co_await count_l1(fmt::format("snapshot {}: ", s.id), s.l1_offset, s.l1_size));
   }
+  judge_overlaps();
+  SPILLWAY_CO_CHECK(co_await judge_flags(false));
   SPILLWAY_CO_CHECK(co_await count_refcounts());
   SPILLWAY_CO_CHECK(co_await compare());
-  judge_flags();
   report.errors = structural + mismatched + wrong_flags;
-  co_return Status{};
-}
-
-Task<Status> Checker::write_flags() {
-  for (const Flag& f : fixes_) {
-    std::byte b[8];
-    store64(b, f.value);
-    SPILLWAY_CO_CHECK(co_await io_.write(ctx_, f.at, b, 8));
-  }
-  if (!fixes_.empty()) SPILLWAY_CO_CHECK(co_await io_.volume().flush(ctx_));
   co_return Status{};
 }
 
 Task<Status> Checker::write_refcounts() {
   const uint64_t cs = h_.cluster_size(), per_block = h_.refblock_entries();
   const uint64_t start = counts_.end();
-  // The old structure is not referred to any more.
-  for (uint64_t c = 0; c < h_.reftable_clusters; ++c) counts_.add((h_.reftable_offset >> h_.cluster_bits) + c, -1);
-  for (uint64_t at : reftable_)
-    if (at != 0) counts_.add(at >> h_.cluster_bits, -1);
   std::vector<uint64_t> used;  // blocks that count something below `start`
   for (uint64_t b = 0; b * per_block < start; ++b)
     if (counts_.any(b * per_block, per_block)) used.push_back(b);
@@ -361,7 +389,11 @@ Task<Status> Checker::write_refcounts() {
 }
 
 Task<Status> Checker::repair() {
-  SPILLWAY_CO_CHECK(co_await write_flags());
+  // The old refcount structure is not referred to any more.
+  for (uint64_t c = 0; c < h_.reftable_clusters; ++c) counts_.add((h_.reftable_offset >> h_.cluster_bits) + c, -1);
+  for (uint64_t at : reftable_)
+    if (at != 0) counts_.add(at >> h_.cluster_bits, -1);
+  if (wrong_flags > 0) SPILLWAY_CO_CHECK(co_await judge_flags(true));
   co_return co_await write_refcounts();
 }
 
@@ -374,7 +406,8 @@ Task<Result<Qcow2CheckReport>> check_qcow2(VolumePtr file, Qcow2Repair repair) {
   qcow2::Checker first(file);
   SPILLWAY_CO_CHECK(co_await first.open());
   SPILLWAY_CO_CHECK(co_await first.run());
-  const bool wants = repair == Qcow2Repair::kAll
+  if (repair == Qcow2Repair::kAllOrNothing && first.structural > 0) co_return std::move(first.report);
+  const bool wants = repair == Qcow2Repair::kAll || repair == Qcow2Repair::kAllOrNothing
                          ? first.report.errors > 0 || first.report.leaks > 0 || first.dirty() || first.corrupt()
                          : repair == Qcow2Repair::kLeaks && first.report.leaks > 0 && first.report.errors == 0;
   if (!wants) co_return std::move(first.report);

@@ -418,7 +418,7 @@ Task<Result<VolumePtr>> Qcow2Image::open(std::string name, VolumePtr file, Qcow2
   }
   if (!read_only && (h.incompatible & kDirty) != 0) {
     // The refcounts are behind: rebuilt from the tables before anything is allocated.
-    Result<Qcow2CheckReport> report = co_await check_qcow2(file, Qcow2Repair::kAll);
+    Result<Qcow2CheckReport> report = co_await check_qcow2(file, Qcow2Repair::kAllOrNothing);
     if (!report) co_return fail(std::move(report).error());
     if (report->errors > 0)
       co_return fail(ErrorKind::kCorrupt, fmt::format("qcow2 {}: dirty, and {} errors could not be repaired: {}", name,

@@ -490,6 +490,68 @@ TEST(Qcow2Threads, WritersOnSeveralReactors_AllLand_AndCheckClean) {
   EXPECT_EQ(report->errors + report->leaks, 0u) << check_to_text(*report);
 }
 
+Task<Status> read_block(VolumePtr v, uint64_t offset, void* to) {
+  const iovec iov{to, 512};
+  co_return co_await v->read(IoContext{}, offset, Iov(&iov, 1));
+}
+
+// Lookups take no lock: readers on other reactors while clusters are allocated, freed and tables evicted below them. A
+// block reads as one of the values it has had, never as a mixture with another block (TSan watches the rest).
+TEST(Qcow2Threads, ReadersWhileAllocating_SeeWholeBlocks) {
+  auto first = UringReactor::create(64);
+  if (!first) GTEST_SKIP() << "no io_uring: " << first.error().message();
+  for (bool extended : {false, true}) {
+    VolumePtr file = *make_memory("file", 4096, 512);
+    Qcow2CreateOptions c;
+    c.virtual_size = 16 * kMiB;
+    c.cluster_size = extended ? 16384 : 4096;
+    c.extended_l2 = extended;
+    ASSERT_OK((*first)->block_on(create_qcow2(file, c)));
+    reclaim::Registry registry;
+    Qcow2Options o;
+    o.registry = &registry;
+    auto image = (*first)->block_on(open_qcow2("img", file, o));
+    ASSERT_OK(image);
+    const uint64_t blocks = c.virtual_size / 512;
+    std::atomic<bool> stop{false};
+    std::vector<std::string> errors(2);
+    std::vector<std::thread> threads;
+    for (size_t t = 0; t < 2; ++t)
+      threads.emplace_back([&, t] {
+        auto reactor = UringReactor::create(64);
+        if (!reactor) return;
+        std::mt19937_64 random(t);
+        while (!stop.load(std::memory_order_relaxed) && errors[t].empty()) {
+          uint64_t words[64];
+          const uint64_t block = random() % blocks;
+          Status s = (*reactor)->block_on(read_block(*image, block * 512, words));
+          if (!s) errors[t] = s.error().message();
+          else if (words[0] != 0 && words[0] % blocks != block) errors[t] = fmt::format("block {} reads {}", block, words[0]);
+        }
+      });
+    std::mt19937_64 random(9);
+    for (int i = 0; i < 1500; ++i) {
+      const uint64_t block = random() % blocks;
+      std::vector<std::byte> data(512);
+      const uint64_t v = block + blocks * (1 + random() % 1000);
+      for (uint64_t k = 0; k < 512; k += 8) std::memcpy(&data[k], &v, 8);
+      ASSERT_OK((*first)->block_on(write_at(*image, block * 512, std::move(data))));
+      if (i % 50 == 49) ASSERT_OK((*first)->block_on((*image)->discard(IoContext{}, random() % 15 * kMiB, kMiB)));
+      if (i % 100 == 99) ASSERT_OK((*first)->block_on((*image)->flush(IoContext{})));
+      if (i % 100 == 50) {
+        reclaim::ReclaimRequest all;
+        all.priority = 0;
+        (void)registry.reclaim(all);
+      }
+    }
+    stop = true;
+    for (auto& t : threads) t.join();
+    for (auto& e : errors) EXPECT_EQ(e, "");
+    ASSERT_OK((*first)->block_on((*image)->close()));
+    image = fail(ErrorKind::kInvalid, "");
+  }
+}
+
 // P8: lookups and memory do not depend on fragmentation; 10^5 fragments.
 TEST(Qcow2Fragments, HundredThousandFragments_OneVolume_NoMetadataReadTwice) {
   SimReactor reactor;
@@ -676,6 +738,53 @@ TEST(Qcow2Hostile, DamagedHeadersAndTables_RefusedByName_NothingWritten) {
     ro.read_only = true;
     EXPECT_TRUE(reactor.block_on(open_qcow2("img", disk, ro)).has_value());
   }
+}
+
+// A dirty image is repaired when it is opened writable; one whose tables overlap is refused instead, not a byte changed.
+TEST(Qcow2Hostile, DirtyWithOverlappingTables_Refused_NothingWritten) {
+  SimReactor reactor;
+  VolumePtr file = *make_memory("file", 4096, 512);
+  Qcow2CreateOptions c;
+  c.virtual_size = 64 * kMiB;
+  c.cluster_size = 4096;
+  c.lazy_refcounts = true;
+  ASSERT_OK(reactor.block_on(create_qcow2(file, c)));
+  {
+    auto image = reactor.block_on(open_qcow2("img", file, {}));
+    ASSERT_OK(reactor.block_on(write_at(*image, 0, filled(4096, 1))));
+    ASSERT_OK(reactor.block_on(write_at(*image, 32 * kMiB, filled(4096, 1))));
+    ASSERT_OK(reactor.block_on((*image)->close()));
+  }
+  auto good = *reactor.block_on(read_all(file));
+  qcow2::store64(&good[72], qcow2::load64(&good[72]) | qcow2::kDirty);
+  const uint64_t l1 = qcow2::load64(&good[40]), l2 = qcow2::load64(&good[l1]) & qcow2::kOffsetMask;
+  const uint64_t l1_entry = qcow2::load64(&good[l1 + 16 * 8]);
+  ASSERT_NE(l1_entry, 0u);
+  const std::pair<const char*, std::function<void(std::vector<std::byte>&)>> damage[] = {
+      {"data in the L1 table", [&](auto& b) { qcow2::store64(&b[l2 + 8], qcow2::kCopied | l1); }},
+      {"data in an L2 table", [&](auto& b) { qcow2::store64(&b[l2 + 8], qcow2::kCopied | l2); }},
+      {"two L2 tables in one", [&](auto& b) { qcow2::store64(&b[l1 + 8], l1_entry); }},
+      {"an L2 table in the L1", [&](auto& b) { qcow2::store64(&b[l1 + 8], qcow2::kCopied | l1); }},
+      {"an L2 table far away", [&](auto& b) { qcow2::store64(&b[l1 + 8], qcow2::kCopied | uint64_t{1} << 50); }},
+  };
+  for (auto& [name, apply] : damage) {
+    auto bytes = good;
+    apply(bytes);
+    auto disk = std::make_shared<RecordingVolume>(bytes.size());
+    ASSERT_OK(reactor.block_on(write_at(disk, 0, bytes)));
+    disk->start();
+    auto image = reactor.block_on(open_qcow2("img", disk, {}));
+    ASSERT_FALSE(image.has_value()) << name;
+    EXPECT_EQ(image.error().message().find('\n'), std::string::npos);
+    EXPECT_TRUE(disk->events().empty()) << name << ": " << image.error().message();
+  }
+  // Sound but dirty: repaired, clean.
+  VolumePtr disk = *make_memory("disk", good.size(), 512);
+  ASSERT_OK(reactor.block_on(write_at(disk, 0, good)));
+  auto image = reactor.block_on(open_qcow2("img", disk, {}));
+  ASSERT_OK(image);
+  ASSERT_OK(reactor.block_on((*image)->close()));
+  EXPECT_FALSE(reactor.block_on(image_info(disk, ImageFormat::kQcow2))->dirty);
 }
 
 TEST(Qcow2Check, WrongRefcountsAndFlags_Found_AndRepaired) {
