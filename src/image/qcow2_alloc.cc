@@ -174,8 +174,9 @@ Task<Result<uint64_t>> Qcow2Image::allocate_contiguous(IoContext ctx, uint64_t c
   co_return host;
 }
 
-// A refcount block for clusters that have none: it counts itself, as the first of them. Stable before the reftable
-// names it; the reftable's entry is stable with stage 1 of the next flush cycle.
+// A refcount block for clusters that have none: it counts itself, as the first of them. The next flush cycle makes it
+// stable before it writes the reftable's entry: a flush here would stop all allocation for as long as everything that
+// is dirty below takes.
 Task<Status> Qcow2Image::add_refblock(IoContext ctx, uint64_t block) {
   SPILLWAY_CO_CHECK(co_await begin_changes(ctx));
   const uint64_t cluster = block * header_.refblock_entries();
@@ -185,11 +186,8 @@ Task<Status> Qcow2Image::add_refblock(IoContext ctx, uint64_t block) {
   std::vector<std::byte> table(cluster_size_);
   set_refcount(table.data(), 0, header_.refcount_order, 1);
   SPILLWAY_CO_CHECK(co_await file_.write(metadata(ctx), host, table.data(), table.size()));
-  SPILLWAY_CO_CHECK(co_await file_.volume().flush(metadata(ctx)));
-  std::byte entry[8];
-  store64(entry, host);
-  SPILLWAY_CO_CHECK(co_await write_field(header_.reftable_offset + block * 8, entry, 8));
   reftable_[block] = host;
+  dirty_reftable_.insert(block);
   add_metadata(host, cluster_size_);
   take_zero(cluster);
   unstable_.fetch_add(1, std::memory_order_release);
@@ -240,6 +238,7 @@ Task<Status> Qcow2Image::grow_reftable(IoContext ctx, uint64_t block) {
   header_.reftable_offset = table_at;
   header_.reftable_clusters = static_cast<uint32_t>(table_clusters);
   reftable_ = std::move(table);
+  dirty_reftable_.clear();  // the new table has them all, and is stable
   refcounts_->grow(reftable_.size() * (cluster_size_ / refcounts_->slice_bytes()));
   drop_metadata(old_at, old_bytes);
   add_metadata(host, used << cluster_bits_);

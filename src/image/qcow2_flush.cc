@@ -1,6 +1,7 @@
 // The flush cycle: the only writer of refcount slices, L2 slices and L1 entries. Stages, each stable before the next:
 //
-//   1  refcounts (and data, new tables, reftable entries that were written before)     then flush
+//   0  only when there is a new refcount block, which was written before                flush
+//   1  refcounts, reftable entries (and data, new tables that were written before)      then flush
 //   2  L2 slices and L1 entries, as they were when stage 1 began                       then flush
 //   3  clusters that nothing names any more on disk: wait for requests that may use them, punch, count down (in memory;
 //      on disk with the next cycle)
@@ -24,7 +25,7 @@ namespace spillway::qcow2 {
 struct Qcow2Image::Cycle {
   std::vector<SlicePin> refcounts, l2;
   std::vector<Piece> stage1, stage2;
-  std::unordered_set<uint64_t> l1;
+  std::unordered_set<uint64_t> l1, reftable;
   std::vector<Free> frees;
   uint64_t unstable = 0;
 };
@@ -94,6 +95,13 @@ Task<Status> Qcow2Image::collect(IoContext, Cycle& c) {
     for (const SlicePin& s : c.refcounts)
       c.stage1.push_back(copy(reftable_[s->index / per_block] + s->index % per_block * bytes, s->bytes(), bytes));
   }
+  c.reftable = std::move(dirty_reftable_);
+  dirty_reftable_.clear();
+  for (uint64_t block : c.reftable) {
+    std::byte entry[8];
+    store64(entry, reftable_[block]);
+    c.stage1.push_back(copy(header_.reftable_offset + block * 8, entry, 8));
+  }
   c.l2 = l2_->take_dirty();
   const uint64_t bytes = l2_->slice_bytes(), per_table = cluster_size_ / bytes;
   const L1Table* l1 = l1_.load();
@@ -144,11 +152,12 @@ Task<Status> Qcow2Image::write_pieces(IoContext ctx, const std::vector<Piece>& p
 }
 
 Task<Status> Qcow2Image::write_tables(IoContext ctx, Cycle& c) {
+  ctx.fua = false;
+  if (!c.reftable.empty()) SPILLWAY_CO_CHECK(co_await file_.volume().flush(ctx));
   SPILLWAY_CO_CHECK(co_await write_pieces(ctx, c.stage1));
   SPILLWAY_CO_CHECK(co_await flush_data(ctx));
   if (!c.stage2.empty()) {
     SPILLWAY_CO_CHECK(co_await write_pieces(ctx, c.stage2));
-    ctx.fua = false;
     SPILLWAY_CO_CHECK(co_await file_.volume().flush(ctx));
   }
   if (log_ != nullptr) log_->end_cycle();
@@ -160,6 +169,7 @@ void Qcow2Image::restore(Cycle& c) {
   for (const SlicePin& s : c.refcounts) refcounts_->mark_dirty(s);
   for (const SlicePin& s : c.l2) l2_->mark_dirty(s);
   dirty_l1_.insert(c.l1.begin(), c.l1.end());
+  dirty_reftable_.insert(c.reftable.begin(), c.reftable.end());
   pending_free_.insert(pending_free_.begin(), c.frees.begin(), c.frees.end());
 }
 

@@ -244,6 +244,7 @@ class Qcow2Image final : public Volume {
   std::unordered_map<uint64_t, std::shared_ptr<Flight>> flights_;  // by guest cluster
   std::vector<Free> pending_free_;       // unmapped in memory; free once that is stable
   std::unordered_set<uint64_t> dirty_l1_;  // 512-byte pieces of the L1 table
+  std::unordered_set<uint64_t> dirty_reftable_;  // entries that name a refcount block and are not on disk
   uint64_t free_hint_ = 0;               // no free cluster below
   uint64_t zero_frontier_ = 0;           // host bytes from here on were never written since they came into being
   std::unordered_set<uint64_t> punched_;   // free clusters below it that read as zeros too

@@ -369,8 +369,10 @@ Task<Status> Qcow2Image::replay_entries(const std::unordered_map<uint64_t, Table
 Task<Status> Qcow2Image::count_once(uint64_t cluster) {
   const uint64_t per_slice = (uint64_t{refcounts_->slice_bytes()} * 8) >> header_.refcount_order;
   const uint64_t block = cluster / header_.refblock_entries();
-  if (block >= reftable_.size() || reftable_[block] == 0)
+  if (block >= reftable_.size())
     co_return fail(ErrorKind::kCorrupt, fmt::format("the log's cluster at {} has no refcount", cluster << cluster_bits_));
+  // The block was made, but no cycle has named it: nothing but the log names what it counts. It has one place only.
+  if (reftable_[block] == 0) SPILLWAY_CO_CHECK(co_await add_refblock(IoContext{}, block));
   SPILLWAY_CO_TRY(SlicePin pin, co_await refcount_slice(IoContext{}, cluster));
   if (get_refcount(pin->bytes(), cluster % per_slice, header_.refcount_order) != 0) co_return Status{};
   set_refcount(pin->bytes(), cluster % per_slice, header_.refcount_order, 1);
