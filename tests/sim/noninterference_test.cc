@@ -12,7 +12,9 @@
 
 #include <malloc.h>
 
+#include <array>
 #include <cstdlib>
+#include <tuple>
 
 #include "src/cache/testing.h"
 #include "src/cache/volume_filter.h"
@@ -371,6 +373,50 @@ TEST(NonInterference, Isolated_anyNeighbours_sameHitsMissesErrors) {
   const Outcome o = explore(number("SPILLWAY_SCHEDULES", 600), nullptr, Mutant::kNone, number("SPILLWAY_SEED", 1), true);
   EXPECT_EQ(o.differing, 0u) << o.first;
   std::printf("%lu schedules, %lu events of A compared\n", o.schedules, o.events);
+}
+
+// P4 seen directly: the view of a tenant that does nothing, its order included, before and after all others did what they
+// like. By list position: node, leaf and the state of each page.
+std::vector<std::tuple<std::string, uint64_t, std::array<uint8_t, cache::kLeafPages>>> view_of(World& w, GroupId g) {
+  std::vector<std::tuple<std::string, uint64_t, std::array<uint8_t, cache::kLeafPages>>> out;
+  cache::ViewList& list = w.cache->impl().tenant_of(g)->lists[0];
+  for (uint64_t k = 0; k < list.chunks(); ++k) {
+    cache::ViewChunk* c = list.chunk_at(k);
+    std::array<uint8_t, cache::kLeafPages> states{};
+    for (unsigned i = 0; i < cache::kLeafPages; ++i) states[i] = c->get(i);
+    out.emplace_back(c->leaf->node->key, c->leaf->number, states);
+  }
+  return out;
+}
+
+// How many of `seeds` idle tenants had something changed.
+uint64_t steered(uint64_t seeds, Mutant mutant) {
+  uint64_t changed = 0;
+  for (uint64_t seed = 1; seed <= seeds; ++seed) {
+    World w(seed, {.faults = false, .ahead = true, .limited = false}, mutant);
+    const GroupId g = w.id(0);
+    std::mt19937_64 r(seed);
+    std::vector<std::byte> d(4 * P);
+    for (int k = 0; k < 80; ++k) {
+      Volume& v = r() % 3 == 0 ? *w.o : *w.v;
+      const uint64_t at = r() % (v.size() / P / 4) * 4 * P;
+      Status s = w.sim.block_on(r() % 4 == 0 ? write_at(v, g, at, d) : read_at(v, g, at, d));
+      EXPECT_TRUE(s);
+    }
+    w.sim.run_until_idle();  // nothing is dirty or on its way any more
+    const auto before = view_of(w, g);
+    EXPECT_GT(before.size(), 4u);
+    const bool done = false;
+    for (size_t k = 1; k <= 3; ++k) w.sim.spawn(neighbour(w, k, seed * 31 + k, &done));
+    w.sim.run_until_idle();
+    changed += before != view_of(w, g);
+  }
+  return changed;
+}
+
+TEST(NoSteering, IdleTenant_anythingOthersDo_viewAndItsOrderStay) {
+  EXPECT_EQ(steered(number("SPILLWAY_SCHEDULES", 600) / 20, Mutant::kNone), 0u);
+  EXPECT_GT(steered(10, Mutant::kDiscardDropsOthers), 0u);
 }
 
 // Each mutant breaks one rule; the property must fail within 4000 schedules (most do at once).
