@@ -296,6 +296,66 @@ TEST_F(CacheTest, Dirty_limit_throttlesTheWriter_boundsDirtyBytes) {
   disk->bad_write.clear();
 }
 
+// Found by the non-interference test: the page met itself under writeback, and the round began again without end (24 GB).
+TEST_F(CacheTest, Dirty_pageNamedTwiceInASet_diskRefuses_roundEnds) {
+  make(options());
+  ASSERT_TRUE(write(gb, 0, bytes_of(1, P)));  // b's dirty page: every write of a names it in a's set once more
+  for (uint64_t k = 2; k < 5; ++k) ASSERT_TRUE(write(ga, 0, bytes_of(k, P)));
+  disk->bad_write = {0};
+  disk->take_log();
+  EXPECT_FALSE(flush(ga));
+  EXPECT_LE(disk->count('w'), 2u);
+  disk->bad_write.clear();
+  EXPECT_TRUE(flush(ga));
+  const auto want = bytes_of(4, P);
+  EXPECT_EQ(std::memcmp(disk->stable().data(), want.data(), P), 0);
+}
+
+TEST_F(CacheTest, Dirty_onePageRefused_neighboursGoDownWithTheNextRound) {
+  make(options());
+  for (uint64_t p = 0; p < 8; ++p) ASSERT_TRUE(write(ga, p * P, bytes_of(p, P)));
+  disk->bad_write = {3};
+  EXPECT_FALSE(flush(ga));
+  EXPECT_FALSE(flush(ga));
+  EXPECT_EQ(cache->stats().dirty_bytes, P);
+  disk->bad_write.clear();
+  EXPECT_TRUE(flush(ga));
+}
+
+// The view keeps the page (P3): the next touch asks the device again and does not count as a miss.
+TEST_F(CacheTest, Read_failed_pageStaysInTheView_nextReadAsksTheDevice) {
+  disk->fill(1);
+  make(options());
+  disk->bad_read = {5};
+  std::vector<std::byte> d(P);
+  EXPECT_FALSE(read(ga, 5 * P, d));
+  const auto before = cache->stats();
+  EXPECT_EQ(before.view_bytes, P);
+  EXPECT_FALSE(read(ga, 5 * P, d));
+  disk->bad_read.clear();
+  disk->take_log();
+  const auto all = disk->contents();
+  EXPECT_EQ(get(ga, 5 * P, P), std::vector<std::byte>(all.begin() + 5 * P, all.begin() + 6 * P));
+  EXPECT_EQ(disk->count('r'), 1u);
+  get(ga, 5 * P, P);
+  EXPECT_EQ(disk->count('r'), 1u);
+  EXPECT_EQ(cache->stats().misses, before.misses);
+}
+
+// Found by ./bench leak: a frame that comes back at once would make the next miss faster.
+TEST_F(CacheTest, Frames_freedLast_areTakenLast_andBackedBefore) {
+  make(options());
+  get(ga, 0, P);
+  reactor.run_until_idle();  // the background has backed some
+  cache::FrameStore& store = *cache->impl().store;
+  EXPECT_FALSE(store.wants_refill(8));
+  const cache::FrameId f = store.alloc(0);
+  store.free(f);
+  const cache::FrameId next = store.alloc(0);
+  EXPECT_NE(next, f);
+  store.free(next);
+}
+
 TEST_F(CacheTest, Group_removed_pagesAndChargesGo_numberIsBoundAnew) {
   make(options());
   auto c = registry.create_group("c");
