@@ -34,6 +34,7 @@ class FuzzServer {
     context_.device.name = "fuzz";
     context_.device.volume = context_.options.volume;
     context_.control = &pool_->at(0);
+    context_.spread = 1;
     for (uint16_t i = 0; i < 2; ++i) context_.queues.push_back(std::make_unique<Queue>(context_.device, i));
     memory_ = Fd(::memfd_create("fuzz", MFD_CLOEXEC));
     SPILLWAY_ASSERT(::ftruncate(memory_.get(), 1 << 20) == 0);

@@ -17,11 +17,13 @@ int main(int argc, char** argv) {
   const bool right = argc > 1 && std::strcmp(argv[1], "ok") == 0;
   RcuPtr<Node> published(new Node);
   std::atomic<bool> end{false};
+  std::atomic<long> reads{0};  // relaxed: paces the two threads and orders nothing
   long sum = 0;
   std::thread reader([&] {
     while (!end.load(std::memory_order_relaxed)) {
       RcuGuard g;
       sum += published.load()->value;
+      reads.fetch_add(1, std::memory_order_relaxed);
     }
   });
   for (int i = 0; i < 2000; ++i) {
@@ -31,7 +33,9 @@ int main(int argc, char** argv) {
     } else {
       old->value = -1;  // what a free does to the memory, without leaving the heap in ruins
     }
-    if (i % 100 == 0) std::this_thread::yield();
+    if (i % 100 != 0) continue;
+    const long seen = reads.load(std::memory_order_relaxed);  // both run, however busy the machine is
+    while (reads.load(std::memory_order_relaxed) < seen + 2) std::this_thread::yield();
   }
   end = true;
   reader.join();
