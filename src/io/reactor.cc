@@ -232,6 +232,9 @@ Result<std::unique_ptr<UringReactor>> UringReactor::create(uint32_t entries) {
     err = io_uring_queue_init(entries, &r->ring_->ring, IORING_SETUP_R_DISABLED | IORING_SETUP_CLAMP);
   if (err < 0) return fail_errno(-err, "io_uring_setup");
   r->ring_->live = true;
+  // A process forked from this one (pmem-agent) would keep the ring, and with it the files of requests in flight and their
+  // locks, after we are gone: a successor that waits for those locks would be waited for by that process.
+  if (err = io_uring_ring_dontfork(&r->ring_->ring); err < 0) return fail_errno(-err, "io_uring: dontfork");
   r->wake_fd_ = ::eventfd(0, EFD_CLOEXEC);
   if (r->wake_fd_ < 0) return fail_errno(errno, "eventfd");
   return r;
