@@ -351,7 +351,9 @@ TEST(Qos, Flush_waitsForItsTurn_behindWhatItsGroupQueuedBefore) {
     iovec iov{data, sizeof data};
     IoContext ctx;
     ctx.group = group(1);
-    Status s = flush ? co_await v->flush(ctx) : co_await v->write(ctx, 0, Iov(&iov, 1));
+    Status s;
+    if (flush) s = co_await v->flush(ctx);
+    else s = co_await v->write(ctx, 0, Iov(&iov, 1));
     SPILLWAY_ASSERT(s.has_value());
   };
   for (int i = 0; i < 5; ++i) c.at(0).spawn(once(qos.get(), false));
@@ -530,7 +532,9 @@ TEST(Qos, RequestsOfOneRound_keepTheirOrder) {
     iovec iov{data, sizeof data};
     IoContext ctx;
     ctx.group = group(1);
-    Status s = flush ? co_await v->flush(ctx) : co_await v->write(ctx, 0, Iov(&iov, 1));
+    Status s;
+    if (flush) s = co_await v->flush(ctx);
+    else s = co_await v->write(ctx, 0, Iov(&iov, 1));
     SPILLWAY_ASSERT(s.has_value());
   };
   auto first = [&](Volume* v) -> Task<void> {
@@ -713,7 +717,9 @@ Task<void> count_down(Volume* v, uint32_t g, int n, std::atomic<int>* left) {
   IoContext ctx;
   ctx.group = group(g);
   for (int i = 0; i < n; ++i) {
-    Status s = i % 100 == 99 ? co_await v->flush(ctx) : co_await v->read(ctx, 0, Iov(&iov, 1));
+    Status s;
+    if (i % 100 == 99) s = co_await v->flush(ctx);
+    else s = co_await v->read(ctx, 0, Iov(&iov, 1));
     SPILLWAY_ASSERT(s.has_value());
   }
   left->fetch_sub(1);

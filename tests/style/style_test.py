@@ -103,6 +103,15 @@ class Habits(unittest.TestCase):
                 found.append(relative.as_posix())
         self.assertEqual(found, [])
 
+    def test_no_co_await_in_a_conditional(self):
+        """GCC 12 evaluates both sides of ?: when one of them holds co_await."""
+        bad = re.compile(r"\?[^;{}?]*\bco_await\b")
+        found = []
+        for p in sources("src", "app", "include", "tests", "benchmarks", "fuzz"):
+            text = re.sub(r'//[^\n]*|"(?:\\.|[^"\\\n])*"', "", p.read_text())
+            found += [f"{p.relative_to(TREE)}: {' '.join(m.group(0).split())}" for m in bad.finditer(text)]
+        self.assertEqual(found, [])
+
     def test_names_say_what_things_are(self):
         """STYLE: no Manager, Util, Helper, Common as names of types."""
         bad = re.compile(r"\b(?:class|struct)\s+\w*(?:Manager|Util|Utils|Helper|Common)\b")

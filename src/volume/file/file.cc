@@ -106,8 +106,8 @@ Task<Status> FileVolume::transfer(bool write, uint64_t offset, Iov iov, uint32_t
   {
     int r;  // the usual case: all at once
     if (iov.size() <= IOV_MAX) {
-      r = write ? co_await reactor.writev(fd_.get(), iov, offset, rwf)
-                : co_await reactor.readv(fd_.get(), iov, offset, rwf);
+      if (write) r = co_await reactor.writev(fd_.get(), iov, offset, rwf);
+      else r = co_await reactor.readv(fd_.get(), iov, offset, rwf);
       if (r == static_cast<int64_t>(length)) co_return Status{};
       if (r > 0) done = static_cast<uint64_t>(r);
       if (r < 0 && r != -EINTR && r != -EAGAIN)
