@@ -100,9 +100,9 @@ struct Bench {
   std::unique_ptr<UringReactor> reactor;
 };
 
-// Loads from pages that are there: page tables only. ext4 has large folios where it read ahead (contiguous memory, fewer
-// TLB misses); FUSE has none on kernels up to 6.18. So the peer is ext4 whose pages came as ours do, one fault of 4 KiB each;
-// with read-ahead is reported.
+// Loads from pages that are there: page tables only. The peer is an ext4 file mapped the same way. Reported beside it: ext4
+// whose pages came by one fault of 4 KiB each, without the large folios (contiguous memory, fewer TLB misses) that its
+// read-ahead makes; FUSE has none on kernels up to 6.18.
 void resident(Bench& b) {
   constexpr uint64_t kSize = 256 * kMiB, kLoads = 4'000'000;
   auto file = b.add("resident", must(make_memory("r", kSize, 4096)));
@@ -123,9 +123,9 @@ void resident(Bench& b) {
     to.push_back(static_cast<double>(b.m(i).load_random(kSize, kLoads, 1)) / kLoads);
   };
   interleave(2 * b.rounds, {{"pmem", [&] { load(0, ours); }}, {"ext4", [&] { load(1, ext4); }}, {"ahead", [&] { load(2, large); }}});
-  b.report.run("resident load", {{"ns", median(ours)}, {"ext4_ns", median(ext4)}, {"ext4_read_ahead_ns", median(large)},
-                                 {"spread", spread(ours)}, {"ext4_spread", spread(ext4)}});
-  b.report.gate("resident access: time beside a mapped ext4 file", median(ours) / median(ext4), "<=", 1.05);
+  b.report.run("resident load", {{"ns", median(ours)}, {"ext4_ns", median(large)}, {"ext4_small_faults_ns", median(ext4)},
+                                 {"spread", spread(ours)}, {"ext4_spread", spread(large)}});
+  b.report.gate("resident access: time beside a mapped ext4 file", median(ours) / median(large), "<=", 1.05);
   b.m(0).close();
   b.m(1).close_and_drop();
   b.m(2).close_and_drop();
