@@ -319,14 +319,9 @@ uint64_t FilterVolume::absorb(PendingRead& p, Tenant& t, uint32_t slot, uint64_t
       f = p.frame[k];
       c_.install(*leaf, i, f);
     } else {
-      // Where the device has what the frame has, the request is answered from what the device gave, as for a page that
-      // nobody had: the other frame may be warm in the CPU's cache from another tenant's read.
-      const Frame& fr = c_.store->frame(f);
-      if ((p.stale & bit(k)) != 0 || fr.dirty || fr.writeback || fr.writers != 0) {
-        c_.store->frame(f).refs.fetch_add(1, std::memory_order_relaxed);
-        c_.put(p.frame[k]);
-        p.frame[k] = f;
-      }
+      c_.store->frame(f).refs.fetch_add(1, std::memory_order_relaxed);
+      c_.put(p.frame[k]);
+      p.frame[k] = f;
       c_.merged.fetch_add(1, std::memory_order_relaxed);
     }
     c_.join_view(*leaf, i, f, t);
