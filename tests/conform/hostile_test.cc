@@ -239,7 +239,7 @@ TEST_F(Hostile, memory_cut_short_ends_the_connection_only) {
   // The ring itself is still there, the buffer is not.
   c.submit(0, 0, 0, 0, Client::kMemory - 4096, 4096);
   c.kick(0);
-  ASSERT_TRUE(c.send(Request::kGetFeatures, nullptr, 0));
+  c.send(Request::kGetFeatures, nullptr, 0);  // or refused: the connection may be gone by now
   EXPECT_TRUE(c.closed());
 }
 
