@@ -14,12 +14,14 @@
 #include <spawn.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 
 #include <atomic>
 #include <filesystem>
 #include <map>
 #include <set>
+#include <sstream>
 #include <thread>
 
 #include "benchmarks/common/bench.h"
@@ -483,6 +485,33 @@ void qcow2_reads(Bench& b) {
   }
 }
 
+// Until the disk below `folder` does nothing any more: what a contestant left (writeback; with the mount option `discard` also
+// the blocks of the file that was removed, one discard a fragment, long after the journal is written) is not the next one's.
+// At most 30 s.
+void settle(const std::string& folder) {
+  struct stat st {};
+  if (::stat(folder.c_str(), &st) != 0) return;
+  ::sync();
+  std::string last;
+  for (int i = 0, same = 0; i < 300 && same < 5; ++i) {
+    ::usleep(100'000);
+    std::ifstream in("/proc/diskstats");
+    std::string now;
+    for (std::string line; std::getline(in, line);) {
+      std::istringstream f(line);
+      unsigned major_nr = 0, minor_nr = 0;
+      std::string name;
+      uint64_t v[15] = {};  // reads, .., writes at 4, in flight at 8, discards at 11
+      f >> major_nr >> minor_nr >> name;
+      for (uint64_t& n : v) f >> n;
+      if (major_nr == major(st.st_dev) && minor_nr == minor(st.st_dev))
+        now = std::to_string(v[0]) + " " + std::to_string(v[4]) + " " + std::to_string(v[11]) + (v[8] != 0 ? " busy" : "");
+    }
+    same = now == last && !now.ends_with("busy") ? same + 1 : 0;
+    last = std::move(now);
+  }
+}
+
 // Each run into a fresh image; random clusters of a large one, so that nearly every write allocates. Cached by us against
 // cached by the kernel, and past all caches against the same.
 void qcow2_writes(Bench& b) {
@@ -509,7 +538,7 @@ void qcow2_writes(Bench& b) {
     for (const Kind& k : kinds)
       turns.push_back({k.name, [&, block] {
                          if (run_to_end("qemu-img create -q -f qcow2 " + image + " 16G") != 0) std::exit(2);
-                         ::sync();  // what the one before has left
+                         settle(b.dir);
                          auto server = k.serve();
                          all[k.name].add(b.run({.op = "randwrite", .block = block}, socket, server->worker(), b.seconds, "1"));
                          ::unlink(image.c_str());

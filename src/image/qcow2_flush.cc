@@ -82,6 +82,7 @@ Task<Status> Qcow2Image::flush_cycle(IoContext ctx) {
 
 Task<Status> Qcow2Image::collect(IoContext, Cycle& c) {
   c.unstable = unstable_.load(std::memory_order_acquire);
+  cycle_wanted_ = false;
   const bool lazy = marked_dirty_ && !closed_.load(std::memory_order_relaxed) &&
                     refcounts_->dirty() * refcounts_->slice_bytes() <= refcounts_->limit() / 2;
   auto copy = [](uint64_t at, const std::byte* from, uint64_t n) {

@@ -45,6 +45,7 @@ class Qcow2Image final : public Volume {
   std::string_view layer() const override { return "qcow2"; }
   std::string to_text() const override;
   Task<Status> close() override;
+  void expect(IoContext ctx, uint64_t offset, uint64_t length, bool write) override;
 
   // What the mapping says of a range of guest bytes, from its beginning.
   enum class Kind : uint8_t { kUnallocated, kZero, kData, kPacked, kMiss /* slice not in memory */, kBad };
@@ -112,6 +113,8 @@ class Qcow2Image final : public Volume {
     std::shared_ptr<Flight> wait;  // somebody else's: wait, then look again
     std::shared_ptr<Flight> mine;
     bool retry = false;
+    bool log_full = false;  // a flush cycle first
+    TableLog::Room room;
     uint64_t first = 0, clusters = 0;
     uint64_t host = 0;
     bool fresh = false;       // new host clusters (else: an unused part of one that is ours)
@@ -156,22 +159,23 @@ class Qcow2Image final : public Volume {
   Task<Status> make_plan(IoContext ctx, uint64_t offset, uint64_t length, Plan& plan);
   Status plan_in_owned(Plan& plan, uint64_t entry, uint64_t bitmap, uint64_t offset, uint64_t length);
   Task<Status> fill(IoContext ctx, const Plan& plan, Iov iov, uint64_t skip);
-  Task<Status> commit(IoContext ctx, const Plan& plan);
+  Task<Status> commit(IoContext ctx, Plan& plan);
   void end_flight(const Plan& plan);
   bool needs_new(uint64_t entry) const;
   bool is_zero_now(uint64_t offset, uint64_t length) const;
   enum class Change : uint8_t { kDiscard, kZeroUnmap, kZeroKeep };
   Task<Status> change_clusters(IoContext ctx, uint64_t first, uint64_t count, Change how);
   Task<Result<uint64_t>> change_slice(IoContext ctx, uint64_t first, uint64_t count, Change how,
-                                      std::shared_ptr<Flight>* wait);
-  bool change_entry(Slice* s, uint64_t cluster, Change how);
+                                      std::shared_ptr<Flight>* wait, TableLog::Room& room);
+  bool change_entry(Slice* s, uint64_t cluster, Change how, TableLog::Room& room);
   Task<Status> write_zero_bytes(IoContext ctx, uint64_t offset, uint64_t length);
   void read_entry(Slice* s, uint64_t cluster, uint64_t* entry, uint64_t* bitmap) const;
-  void write_entry(Slice* s, uint64_t cluster, uint64_t entry, uint64_t bitmap);
+  void write_entry(Slice* s, uint64_t cluster, uint64_t entry, uint64_t bitmap, TableLog::Room& room);
   void release_entry(uint64_t entry);
-  Task<Result<SlicePin>> writable_slice(IoContext ctx, uint64_t cluster);
+  Task<Result<SlicePin>> writable_slice(IoContext ctx, uint64_t cluster, TableLog::Room& room);
   Task<Status> put_compressed(IoContext ctx, uint64_t cluster, std::span<const std::byte> packed);
-  Task<Status> new_l2_table(IoContext ctx, uint64_t l1_index, uint64_t old);
+  Task<Status> new_l2_table(IoContext ctx, uint64_t l1_index, uint64_t old, TableLog::Room& room);
+  bool reserve(uint64_t clusters, TableLog::Room& room);
   Status refuse_writes() const;
 
   // qcow2_alloc.cc; all under owner_
@@ -204,7 +208,9 @@ class Qcow2Image final : public Volume {
   Task<Status> release_frees(IoContext ctx, std::vector<Free> frees);
   Task<Result<std::vector<uint64_t>>> last_references(IoContext ctx, const std::vector<Free>& frees);
   Task<std::vector<uint64_t>> punch(IoContext ctx, const std::vector<uint64_t>& clusters);
-  bool must_flush() const;
+  enum class FlushNeed : uint8_t { kNone, kSoon, kMust };
+  FlushNeed flush_need();
+  Task<Status> relieve(IoContext ctx, FlushNeed need);
   Task<Status> flush_data(IoContext ctx);
   Task<Status> write_field(uint64_t at, const void* value, uint64_t length);
   Task<Status> update_incompatible(uint64_t set, uint64_t clear);
@@ -248,6 +254,7 @@ class Qcow2Image final : public Volume {
   uint64_t free_hint_ = 0;               // no free cluster below
   uint64_t zero_frontier_ = 0;           // host bytes from here on were never written since they came into being
   std::unordered_set<uint64_t> punched_;   // free clusters below it that read as zeros too
+  bool cycle_wanted_ = false;            // somebody is about to begin a flush cycle
   bool marked_dirty_ = false;            // the dirty bit is on disk
   uint64_t compressed_end_ = 0;          // write_compressed goes on here
   std::mutex metadata_mutex_;            // guards metadata_ (slice loads look at it from any reactor)

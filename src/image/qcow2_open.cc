@@ -348,6 +348,7 @@ Task<Status> Qcow2Image::replay_tables(const std::unordered_map<uint64_t, TableL
 }
 
 Task<Status> Qcow2Image::replay_entries(const std::unordered_map<uint64_t, TableLog::Record>& last) {
+  TableLog::Room in_log;  // they are in it already
   for (auto& [where, r] : last) {
     if ((where & TableLog::kL1Record) != 0) continue;
     std::string why;
@@ -358,7 +359,7 @@ Task<Status> Qcow2Image::replay_entries(const std::unordered_map<uint64_t, Table
     read_entry(slice.get(), where, &entry, &bitmap);
     if (entry == r.entry && bitmap == r.bitmap) continue;
     if (entry == kBadEntry) co_return bad_entry(where << cluster_bits_);
-    write_entry(slice.get(), where, r.entry, r.bitmap);
+    write_entry(slice.get(), where, r.entry, r.bitmap, in_log);
     const bool kept = ((entry ^ r.entry) & (kOffsetMask | kCompressed)) == 0 && (entry & kCompressed) == 0;
     if (!kept) release_entry(entry);
     l2_->mark_dirty(slice);

@@ -136,6 +136,11 @@ Status Qcow2Image::bad_entry(uint64_t offset) const {
                                                align_down(offset, cluster_size_)));
 }
 
+static void expect_in(const MemberIo& member, IoContext ctx, uint64_t offset, uint64_t length, bool write) {
+  const uint64_t have = member.size();
+  if (offset < have && length <= have - offset) member.volume().expect(ctx, offset, length, write);
+}
+
 // No coroutine for what is in memory.
 Task<Result<Qcow2Image::Run>> Qcow2Image::map_run(uint64_t offset, uint64_t length) {
   const Run r = lookup(offset, length);
@@ -187,6 +192,17 @@ Task<Status> Qcow2Image::do_read(IoContext ctx, uint64_t offset, Iov iov) {
   }
   in_flight_.leave(ticket);
   return read_slow(ctx, offset, iov, length);
+}
+
+// Where the range begins is fetched, in the member that has it. Brings the mapping into this CPU's caches on the way. What
+// was looked up may be out of date by the time it is used; that costs a miss.
+void Qcow2Image::expect(IoContext ctx, uint64_t offset, uint64_t length, bool write) {
+  const Run r = lookup(offset, length);
+  if (r.kind == Kind::kData) {
+    if (!write || r.in_place) expect_in(data_, ctx, r.host, r.length, write);
+  } else if (r.kind == Kind::kUnallocated && !write && backing_) {
+    expect_in(backing_, ctx, offset, r.length, false);
+  }
 }
 
 Task<Status> Qcow2Image::read_backing(IoContext ctx, uint64_t offset, Iov iov) {

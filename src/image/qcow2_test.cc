@@ -2,6 +2,7 @@
 #include <spillway/reclaim/registry.h>
 
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #include <thread>
 
@@ -284,26 +285,32 @@ TEST_P(Qcow2Shapes, PowerCut_AtAnyWrite_LeavesLeaksAtMost_AndFlushedData) {
   }
 }
 
-// Writes through until `left` is used up, then fails: the file as a process finds it that was killed in between.
+// Writes through until `left` is used up, then fails: the file as a process finds it that was killed in between. Each request
+// takes up to `delay_ns_max`, so that those under way pass one another.
 class StoppingVolume final : public Volume {
  public:
   explicit StoppingVolume(VolumePtr below) : Volume("stopping", below->size(), below->geometry()), below_(std::move(below)) {}
   std::string_view layer() const override { return "stopping"; }
   uint64_t left = ~uint64_t{0};
+  uint64_t delay_ns_max = 0;
+  std::mt19937_64 random{1};
 
  protected:
   Task<Status> do_read(IoContext ctx, uint64_t offset, Iov iov) override { return below_->read(ctx, offset, iov); }
   Task<Status> do_write(IoContext ctx, uint64_t offset, Iov iov) override {
-    if (!spend()) return Task<Status>::ready(fail(ErrorKind::kIo, "killed"));
-    return below_->write(ctx, offset, iov);
+    co_await delay();
+    if (!spend()) co_return fail(ErrorKind::kIo, "killed");
+    co_return co_await below_->write(ctx, offset, iov);
   }
   Task<Status> do_flush(IoContext ctx) override {
-    if (!spend()) return Task<Status>::ready(fail(ErrorKind::kIo, "killed"));
-    return below_->flush(ctx);
+    co_await delay();
+    if (!spend()) co_return fail(ErrorKind::kIo, "killed");
+    co_return co_await below_->flush(ctx);
   }
   Task<Status> do_write_zeroes(IoContext ctx, uint64_t offset, uint64_t length, bool unmap) override {
-    if (!spend()) return Task<Status>::ready(fail(ErrorKind::kIo, "killed"));
-    return below_->write_zeroes(ctx, offset, length, unmap);
+    co_await delay();
+    if (!spend()) co_return fail(ErrorKind::kIo, "killed");
+    co_return co_await below_->write_zeroes(ctx, offset, length, unmap);
   }
   Task<Status> do_resize(uint64_t size) override {
     if (!spend()) co_return fail(ErrorKind::kIo, "killed");
@@ -314,6 +321,9 @@ class StoppingVolume final : public Volume {
 
  private:
   bool spend() { return left != 0 && left-- != 0; }
+  Task<void> delay() {
+    if (delay_ns_max != 0) (void)co_await Reactor::current().sleep_for(random() % delay_ns_max);
+  }
   VolumePtr below_;
 };
 
@@ -377,6 +387,154 @@ TEST_P(Qcow2Shapes, Killed_AtAnyWrite_SuccessorHasWhatWasAcknowledged) {
 
 INSTANTIATE_TEST_SUITE_P(All, Qcow2Shapes, ::testing::ValuesIn(kShapes),
                          [](const auto& p) { return std::string(p.param.name); });
+
+TEST(Qcow2Log, Reservations_HoldAcrossCycles_AndMemoryComesBack) {
+  const Fd memory(::memfd_create("log", MFD_CLOEXEC));
+  auto opened = qcow2::TableLog::open(memory.get());
+  ASSERT_TRUE(opened.has_value());
+  qcow2::TableLog& log = **opened;
+  constexpr uint64_t kAll = qcow2::TableLog::kRecords;
+  auto blocks = [&] {
+    struct stat st {};
+    return ::fstat(memory.get(), &st) == 0 ? st.st_blocks : 0;
+  };
+  qcow2::TableLog::Room kept, rest, more;
+  ASSERT_TRUE(log.reserve(3, kept));
+  ASSERT_TRUE(log.reserve(kAll - 3, rest));
+  EXPECT_FALSE(log.reserve(1, more));
+  for (uint64_t i = 0; i < kAll - 3; ++i) rest.append({i, i, 0});
+  EXPECT_FALSE(log.reserve(1, more));
+  EXPECT_TRUE(log.half_full());
+  log.begin_cycle();
+  EXPECT_FALSE(log.half_full());
+  for (uint64_t i = 0; i < 3; ++i) kept.append({kAll + i, 0, 0});  // reserved before, made after
+  ASSERT_TRUE(log.reserve(kAll - 3, more));
+  more.give_back();
+  // The cycle has failed: what was in the first half is still needed, so the next one does not switch.
+  log.begin_cycle();
+  EXPECT_EQ(log.records().size(), kAll);
+  EXPECT_EQ(log.records().back().where, kAll + 2);
+  const auto before = blocks();
+  log.end_cycle();
+  EXPECT_EQ(log.records().size(), 3u);
+  EXPECT_LT(blocks(), before / 2);
+  EXPECT_TRUE(log.reserve(kAll - 3, more));
+}
+
+// Writers that need new tables while the log is about to be full, flush cycles beside them, and a kill: the change of an L1
+// entry must be in the log (or the file) before anything that leads through it is acknowledged.
+TEST(Qcow2Log, FullWhileTablesAreMade_Killed_SuccessorHasWhatWasAcknowledged) {
+  for (uint64_t seed = 1; seed <= 60; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937_64 random(seed);
+    SimReactor reactor(seed);
+    VolumePtr file = *make_memory("file", 4096, 512);
+    Qcow2CreateOptions c;
+    c.virtual_size = 2 * kMiB;
+    c.cluster_size = 512;  // 64 L2 tables
+    ASSERT_OK(reactor.block_on(create_qcow2(file, c)));
+    const Fd memory(::memfd_create("log", MFD_CLOEXEC));
+    Qcow2Options o;
+    o.log_fd = memory.get();
+    auto disk = std::make_shared<StoppingVolume>(file);
+    auto image = reactor.block_on(open_qcow2("img", disk, o));
+    ASSERT_OK(image);
+    ASSERT_OK(reactor.block_on(write_at(*image, 0, filled(512, 1))));
+    {
+      // Nearly full: the last change again and again.
+      auto log = qcow2::TableLog::open(memory.get());
+      ASSERT_TRUE(log.has_value());
+      const qcow2::TableLog::Record last = (*log)->records().back();
+      qcow2::TableLog::Room room;
+      ASSERT_TRUE((*log)->reserve(qcow2::TableLog::kRecords - (*log)->records().size() - random() % 6, room));
+      while (room.left() > 0) room.append(last);
+    }
+    disk->delay_ns_max = 1'000'000;
+    disk->random.seed(seed);
+    disk->left = random() % 60;
+    constexpr int kWriters = 12;
+    std::vector<uint64_t> acknowledged(kWriters);
+    std::vector<Task<Status>> all;
+    auto writer = [](VolumePtr v, uint64_t i, uint64_t* done) -> Task<Status> {
+      for (uint64_t k = 0; k < 5; ++k) {
+        Status s = co_await write_at(v, (i + k * kWriters + 1) * 32 * kKiB, filled(512, static_cast<int>(i + 2)));
+        if (!s) break;
+        *done = k + 1;
+        if (k == 2 && i % 4 == 0) (void)co_await v->flush(IoContext{});
+      }
+      co_return Status{};
+    };
+    for (uint64_t i = 0; i < kWriters; ++i) all.push_back(writer(*image, i, &acknowledged[i]));
+    ASSERT_OK(reactor.block_on(all_of(std::move(all))));
+    image = fail(ErrorKind::kInvalid, "");  // killed
+    image = reactor.block_on(open_qcow2("img", file, o));
+    ASSERT_OK(image);
+    auto now = reactor.block_on(read_all(*image));
+    ASSERT_OK(now);
+    for (uint64_t i = 0; i < kWriters; ++i)
+      for (uint64_t k = 0; k < acknowledged[i]; ++k) {
+        const uint64_t at = (i + k * kWriters + 1) * 32 * kKiB;
+        ASSERT_EQ((*now)[at], static_cast<std::byte>(i + 2)) << "writer " << i << " write " << k;
+      }
+    ASSERT_OK(reactor.block_on((*image)->close()));
+    auto report = reactor.block_on(check_qcow2(file, Qcow2Repair::kNone));
+    ASSERT_OK(report);
+    ASSERT_EQ(report->errors, 0u) << check_to_text(*report);
+  }
+}
+
+// Notes what it is told to expect.
+class ExpectingVolume final : public Volume {
+ public:
+  ExpectingVolume(VolumePtr below, std::vector<std::string>* said)
+      : Volume(below->name(), below->size(), below->geometry()), below_(std::move(below)), said_(said) {}
+  std::string_view layer() const override { return "expecting"; }
+  void expect(IoContext, uint64_t offset, uint64_t length, bool write) override {
+    said_->push_back(fmt::format("{} {} {}+{}", name(), write ? "write" : "read", offset, length));
+  }
+
+ protected:
+  Task<Status> do_read(IoContext ctx, uint64_t offset, Iov iov) override { return below_->read(ctx, offset, iov); }
+  Task<Status> do_write(IoContext ctx, uint64_t offset, Iov iov) override { return below_->write(ctx, offset, iov); }
+  Task<Status> do_flush(IoContext ctx) override { return below_->flush(ctx); }
+  Task<Status> do_resize(uint64_t size) override {
+    SPILLWAY_CO_CHECK(co_await below_->resize(size));
+    set_size(size);
+    co_return Status{};
+  }
+
+ private:
+  VolumePtr below_;
+  std::vector<std::string>* said_;
+};
+
+TEST(Qcow2Expect, GoesToTheMemberThatHasTheData) {
+  SimReactor reactor;
+  std::vector<std::string> said;
+  VolumePtr memory = *make_memory("file", 4096, 512);
+  Qcow2CreateOptions c;
+  c.virtual_size = kMiB;
+  c.backing_file = "base";
+  c.backing_format = "raw";
+  ASSERT_OK(reactor.block_on(create_qcow2(memory, c)));
+  auto base = reactor.block_on(make_base(128 * kKiB));
+  ASSERT_OK(base);
+  Qcow2Options o;
+  o.backing = std::make_shared<ExpectingVolume>(*base, &said);
+  auto image = reactor.block_on(open_qcow2("img", std::make_shared<ExpectingVolume>(memory, &said), o));
+  ASSERT_OK(image);
+  ASSERT_OK(reactor.block_on(write_at(*image, 0, filled(65536, 1))));
+  auto map = reactor.block_on(map_image(*image));
+  ASSERT_OK(map);
+  const uint64_t host = (*map)[0].offset;
+  (*image)->expect({}, 4096, 4096, false);
+  (*image)->expect({}, 8192, 4096, true);
+  (*image)->expect({}, 65536, 4096, false);
+  (*image)->expect({}, 65536, 4096, true);              // has no place yet
+  (*image)->expect({}, 512 * kKiB, 4096, false);        // beyond the base: zeros
+  EXPECT_EQ(said, (std::vector<std::string>{fmt::format("file read {}+4096", host + 4096),
+                                            fmt::format("file write {}+4096", host + 8192), "base read 65536+4096"}));
+}
 
 // More changes than the log holds between two flushes: then they are written before they are acknowledged.
 TEST(Qcow2Log, Full_ChangesAreWrittenInstead) {

@@ -77,9 +77,10 @@ void Qcow2Image::read_entry(Slice* s, uint64_t cluster, uint64_t* entry, uint64_
 }
 
 // Owner only. Before anybody can see the entry, and so acknowledge a write to where it leads, the change is in the log
-// and flushes know of it. The sequence pairs with lookup_extended.
-void Qcow2Image::write_entry(Slice* s, uint64_t cluster, uint64_t entry, uint64_t bitmap) {
-  if (log_ != nullptr) (void)log_->append({cluster, entry, bitmap});  // no room: must_flush()
+// (whose room was reserved) and flushes know of it. The sequence pairs with lookup_extended.
+void Qcow2Image::write_entry(Slice* s, uint64_t cluster, uint64_t entry, uint64_t bitmap,
+                             TableLog::Room& room) {
+  room.append({cluster, entry, bitmap});
   unstable_.fetch_add(1, std::memory_order_release);
   const uint32_t i = static_cast<uint32_t>(cluster % slice_entries_) * entry_words_;
   if (!extended_) {
@@ -107,7 +108,7 @@ void Qcow2Image::release_entry(uint64_t entry) {
 
 // A new L2 table: zeros, or a copy of one that a snapshot shares. On disk (not yet stable) before the L1 array names it
 // in memory; stable by stage 1 of a flush cycle, whose stage 2 writes the L1 entry.
-Task<Status> Qcow2Image::new_l2_table(IoContext ctx, uint64_t index, uint64_t old) {
+Task<Status> Qcow2Image::new_l2_table(IoContext ctx, uint64_t index, uint64_t old, TableLog::Room& room) {
   SPILLWAY_CO_TRY(const Allocation a, co_await allocate(ctx, 1));
   if ((old & kOffsetMask) != 0) {
     std::vector<std::byte> table(cluster_size_);
@@ -117,7 +118,7 @@ Task<Status> Qcow2Image::new_l2_table(IoContext ctx, uint64_t index, uint64_t ol
     SPILLWAY_CO_CHECK(co_await file_.write_zeroes(metadata(ctx), a.host, cluster_size_, false));
   }
   add_metadata(a.host, cluster_size_);
-  if (log_ != nullptr) (void)log_->append({TableLog::kL1Record | index, a.host | kCopied, 0});
+  room.append({TableLog::kL1Record | index, a.host | kCopied, 0});
   unstable_.fetch_add(1, std::memory_order_release);
   l1_.load()->entries[index].store(a.host | kCopied, std::memory_order_release);
   dirty_l1_.insert(index / 64);
@@ -128,11 +129,16 @@ Task<Status> Qcow2Image::new_l2_table(IoContext ctx, uint64_t index, uint64_t ol
   co_return Status{};
 }
 
+// For `clusters` entries that are about to change, and for the L1 entry, should their table have to be made first.
+bool Qcow2Image::reserve(uint64_t clusters, TableLog::Room& room) {
+  return log_ == nullptr || log_->reserve(clusters + 1, room);
+}
+
 // The slice with the entry of `cluster`, in a table that is this image's alone.
-Task<Result<SlicePin>> Qcow2Image::writable_slice(IoContext ctx, uint64_t cluster) {
+Task<Result<SlicePin>> Qcow2Image::writable_slice(IoContext ctx, uint64_t cluster, TableLog::Room& room) {
   const uint64_t index = l1_index(cluster);
   const uint64_t e = l1_.load()->get(index);
-  if ((e & kOffsetMask) == 0 || (e & kCopied) == 0) SPILLWAY_CO_CHECK(co_await new_l2_table(ctx, index, e));
+  if ((e & kOffsetMask) == 0 || (e & kCopied) == 0) SPILLWAY_CO_CHECK(co_await new_l2_table(ctx, index, e, room));
   co_return co_await l2_->get(metadata(ctx), slice_of(cluster));
 }
 
@@ -148,8 +154,13 @@ Task<Status> Qcow2Image::make_plan(IoContext ctx, uint64_t offset, uint64_t leng
     co_return Status{};
   }
   if (corrupt_.load(std::memory_order_acquire)) co_return refuse_writes();
+  const uint64_t last = std::min((offset + length - 1) >> cluster_bits_, cluster + slice_entries_ - 1);
+  if (!reserve(last - cluster + 1, plan.room)) {
+    plan.log_full = true;
+    co_return Status{};
+  }
   SPILLWAY_CO_CHECK(co_await begin_changes(ctx));
-  SPILLWAY_CO_TRY(SlicePin slice, co_await writable_slice(ctx, cluster));
+  SPILLWAY_CO_TRY(SlicePin slice, co_await writable_slice(ctx, cluster, plan.room));
   uint64_t entry = 0, bitmap = 0;
   read_entry(slice.get(), cluster, &entry, &bitmap);
   if (entry == kBadEntry) co_return bad_entry(offset);
@@ -158,7 +169,6 @@ Task<Status> Qcow2Image::make_plan(IoContext ctx, uint64_t offset, uint64_t leng
     SPILLWAY_CO_CHECK(plan_in_owned(plan, entry, bitmap, offset, length));
     if (plan.retry) co_return Status{};
   } else {
-    const uint64_t last = (offset + length - 1) >> cluster_bits_;
     uint64_t n = 1;
     while (cluster + n <= last && slice_of(cluster + n) == slice_of(cluster) && !flights_.contains(cluster + n)) {
       uint64_t e = 0, b = 0;
@@ -227,15 +237,19 @@ Status Qcow2Image::plan_in_owned(Plan& plan, uint64_t entry, uint64_t bitmap, ui
   return {};
 }
 
-// Writes [cow_begin, cow_end): the request's bytes and, around them, what the guest sees there now.
+// Writes [cow_begin, cow_end): the request's bytes and, around them, what the guest sees there now. Where the place reads as
+// zeros and the guest sees zeros, nothing need be read, held or written.
 Task<Status> Qcow2Image::fill(IoContext ctx, const Plan& plan, Iov iov, uint64_t skip) {
   const uint64_t base = plan.first << cluster_bits_;
-  const uint64_t head = plan.begin - plan.cow_begin, tail = plan.cow_end - plan.end;
+  uint64_t head = plan.begin - plan.cow_begin, tail = plan.cow_end - plan.end;
+  if (plan.known_zero && is_zero_now(plan.cow_begin, head)) head = 0;
+  // Beyond the virtual end are zeros too.
+  if (plan.known_zero && is_zero_now(plan.end, std::min(tail, size() - std::min(size(), plan.end)))) tail = 0;
   AlignedBuffer around;
   if (head + tail > 0) {
     around = AlignedBuffer(head + tail);
     if (!around) co_return fail(ErrorKind::kNoMemory, prefix_ + ": no memory to copy a cluster");
-    SPILLWAY_CO_CHECK(co_await read_bytes(ctx, plan.cow_begin, around.data(), head));
+    SPILLWAY_CO_CHECK(co_await read_bytes(ctx, plan.begin - head, around.data(), head));
     SPILLWAY_CO_CHECK(co_await read_bytes(ctx, plan.end, around.data() + head, tail));
     stat_cow_bytes_.fetch_add(head + tail, std::memory_order_relaxed);
   }
@@ -251,7 +265,7 @@ Task<Status> Qcow2Image::fill(IoContext ctx, const Plan& plan, Iov iov, uint64_t
 }
 
 // Publishes the new entries.
-Task<Status> Qcow2Image::commit(IoContext ctx, const Plan& plan) {
+Task<Status> Qcow2Image::commit(IoContext ctx, Plan& plan) {
   SPILLWAY_CO_TRY(SlicePin slice, co_await l2_->get(metadata(ctx), slice_of(plan.first)));
   for (uint64_t i = 0; i < plan.clusters; ++i) {
     uint64_t entry = 0, bitmap = 0;
@@ -266,7 +280,7 @@ Task<Status> Qcow2Image::commit(IoContext ctx, const Plan& plan) {
       const uint64_t bits = ((uint64_t{1} << n) - 1) << first;
       fresh_bitmap = (bitmap & ~(bits << 32)) | bits;
     }
-    write_entry(slice.get(), plan.first + i, host | kCopied, fresh_bitmap);
+    write_entry(slice.get(), plan.first + i, host | kCopied, fresh_bitmap, plan.room);
     if (plan.fresh) release_entry(entry);
   }
   l2_->mark_dirty(slice);
@@ -288,6 +302,10 @@ Task<Result<uint64_t>> Qcow2Image::write_new(IoContext ctx, uint64_t offset, Iov
     co_await plan.wait->over.wait();
     co_return 0;
   }
+  if (plan.log_full) {
+    SPILLWAY_CO_CHECK(co_await flush_cycle(ctx));
+    co_return 0;
+  }
   if (plan.retry) co_return 0;
 
   s = co_await fill(ctx, plan, iov, skip);
@@ -300,19 +318,30 @@ Task<Result<uint64_t>> Qcow2Image::write_new(IoContext ctx, uint64_t offset, Iov
       (void)co_await change_refcount(ctx, (plan.host >> cluster_bits_) + i, -1);
   }
   end_flight(plan);
-  const bool many = must_flush();
+  const FlushNeed need = flush_need();
   owner_.unlock();
+  plan.room.give_back();
   plan.mine->over.set();
   if (!s) co_return std::unexpected(std::move(s).error());
-  if (many) SPILLWAY_CO_CHECK(co_await flush_cycle(ctx));
+  if (need != FlushNeed::kNone) SPILLWAY_CO_CHECK(co_await relieve(ctx, need));
   co_return plan.end - plan.begin;
 }
 
-// Under owner_. What is remembered until a flush has a bound; and a change that the log had no room for is acknowledged
-// only after one.
-bool Qcow2Image::must_flush() const {
-  return pending_free_.size() > kMaxPendingFree || l2_->dirty() * l2_->slice_bytes() > l2_->limit() / 2 ||
-         refcounts_->dirty() * refcounts_->slice_bytes() > refcounts_->limit() / 2 || (log_ != nullptr && log_->full());
+// Under owner_. What is remembered until a flush has a bound. From half of it on one request a cycle does the flush, so that
+// the others need not wait for it (should it fail, the guest's own flush will say so); at the bound all do.
+Qcow2Image::FlushNeed Qcow2Image::flush_need() {
+  const auto share = [](const TableCache& c) { return c.dirty() * c.slice_bytes() * 4 / c.limit(); };
+  const uint64_t quarters = std::max({pending_free_.size() * 4 / kMaxPendingFree, share(*l2_), share(*refcounts_)});
+  if (quarters >= 4) return FlushNeed::kMust;
+  if (quarters < 2 && (log_ == nullptr || !log_->half_full())) return FlushNeed::kNone;
+  return std::exchange(cycle_wanted_, true) ? FlushNeed::kNone : FlushNeed::kSoon;
+}
+
+Task<Status> Qcow2Image::relieve(IoContext ctx, FlushNeed need) {
+  if (need == FlushNeed::kNone) co_return Status{};
+  Status s = co_await flush_cycle(ctx);
+  if (need == FlushNeed::kMust) co_return s;
+  co_return Status{};
 }
 
 // ---- discard, zeros ----
@@ -391,13 +420,17 @@ Task<Status> Qcow2Image::write_zero_bytes(IoContext ctx, uint64_t offset, uint64
 Task<Status> Qcow2Image::change_clusters(IoContext ctx, uint64_t first, uint64_t count, Change how) {
   while (count > 0) {
     std::shared_ptr<Flight> wait;
+    TableLog::Room room;
     co_await owner_.lock();
-    Result<uint64_t> n = co_await change_slice(ctx, first, count, how, &wait);
-    const bool many = must_flush();
+    const bool log_full = !reserve(std::min(count, slice_entries_), room);
+    Result<uint64_t> n = 0;
+    if (!log_full) n = co_await change_slice(ctx, first, count, how, &wait, room);
+    const FlushNeed need = log_full ? FlushNeed::kMust : flush_need();
     owner_.unlock();
+    room.give_back();
     if (!n) co_return std::unexpected(std::move(n).error());
     if (wait != nullptr) co_await wait->over.wait();
-    if (many) SPILLWAY_CO_CHECK(co_await flush_cycle(ctx));
+    if (need != FlushNeed::kNone) SPILLWAY_CO_CHECK(co_await relieve(ctx, need));
     first += *n;
     count -= *n;
   }
@@ -406,7 +439,7 @@ Task<Status> Qcow2Image::change_clusters(IoContext ctx, uint64_t first, uint64_t
 
 // Changes what lies in one slice, up to a flight; how many clusters.
 Task<Result<uint64_t>> Qcow2Image::change_slice(IoContext ctx, uint64_t first, uint64_t count, Change how,
-                                                std::shared_ptr<Flight>* wait) {
+                                                std::shared_ptr<Flight>* wait, TableLog::Room& room) {
   if (corrupt_.load(std::memory_order_acquire)) {
     Status s = refuse_writes();
     co_return std::unexpected(std::move(s).error());
@@ -418,7 +451,7 @@ Task<Result<uint64_t>> Qcow2Image::change_slice(IoContext ctx, uint64_t first, u
     co_return in_slice;
   }
   SPILLWAY_CO_CHECK(co_await begin_changes(ctx));
-  SPILLWAY_CO_TRY(SlicePin slice, co_await writable_slice(ctx, first));
+  SPILLWAY_CO_TRY(SlicePin slice, co_await writable_slice(ctx, first, room));
   uint64_t n = 0;
   bool changed = false;
   for (; n < in_slice; ++n) {
@@ -426,13 +459,13 @@ Task<Result<uint64_t>> Qcow2Image::change_slice(IoContext ctx, uint64_t first, u
       *wait = it->second;
       break;
     }
-    changed |= change_entry(slice.get(), first + n, how);
+    changed |= change_entry(slice.get(), first + n, how, room);
   }
   if (changed) l2_->mark_dirty(slice);
   co_return n;
 }
 
-bool Qcow2Image::change_entry(Slice* s, uint64_t cluster, Change how) {
+bool Qcow2Image::change_entry(Slice* s, uint64_t cluster, Change how, TableLog::Room& room) {
   uint64_t entry = 0, bitmap = 0;
   read_entry(s, cluster, &entry, &bitmap);
   if (entry == kBadEntry) return false;
@@ -452,7 +485,7 @@ bool Qcow2Image::change_entry(Slice* s, uint64_t cluster, Change how) {
   }
   if (!extended_) next_bitmap = 0;
   if (next == entry && next_bitmap == bitmap) return false;
-  write_entry(s, cluster, next, next_bitmap);
+  write_entry(s, cluster, next, next_bitmap, room);
   if (compressed || (host != 0 && (next & kOffsetMask) == 0)) release_entry(entry);
   return true;
 }
@@ -468,18 +501,20 @@ Task<Status> Qcow2Image::write_compressed(IoContext ctx, uint64_t offset, std::s
     const iovec v{const_cast<std::byte*>(cluster.data()), here};
     co_return co_await do_write(ctx, offset, Iov(&v, 1));
   }
+  SPILLWAY_ASSERT(log_ == nullptr);  // convert is not the daemon's
   co_await owner_.lock();
   Status s = co_await put_compressed(ctx, offset >> cluster_bits_, packed);
-  const bool many = must_flush();
+  const FlushNeed need = flush_need();
   owner_.unlock();
-  if (s && many) s = co_await flush_cycle(ctx);
+  if (s) s = co_await relieve(ctx, need);
   co_return s;
 }
 
 // Compressed clusters share host clusters: packed one after the other, each counting in every cluster it touches.
 Task<Status> Qcow2Image::put_compressed(IoContext ctx, uint64_t cluster, std::span<const std::byte> packed) {
   SPILLWAY_CO_CHECK(co_await begin_changes(ctx));
-  SPILLWAY_CO_TRY(SlicePin slice, co_await writable_slice(ctx, cluster));
+  TableLog::Room none;
+  SPILLWAY_CO_TRY(SlicePin slice, co_await writable_slice(ctx, cluster, none));
   uint64_t at = compressed_end_;
   const uint64_t room = align_up(at, cluster_size_) - at;
   const uint64_t max_count = header_.refcount_order == 6 ? ~uint64_t{0} : (uint64_t{1} << header_.refcount_bits()) - 1;
@@ -506,7 +541,7 @@ Task<Status> Qcow2Image::put_compressed(IoContext ctx, uint64_t cluster, std::sp
   const uint64_t sectors = (align_up(at + packed.size(), 512) - align_down(at, 512)) / 512;
   uint64_t entry = 0, bitmap = 0;
   read_entry(slice.get(), cluster, &entry, &bitmap);
-  write_entry(slice.get(), cluster, kCompressed | at | (sectors - 1) << shift, 0);
+  write_entry(slice.get(), cluster, kCompressed | at | (sectors - 1) << shift, 0, none);
   release_entry(entry);
   l2_->mark_dirty(slice);
   compressed_end_ = at + packed.size();
