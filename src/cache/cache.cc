@@ -469,6 +469,20 @@ void Cache::Impl::install(Leaf& leaf, unsigned i, FrameId f) {
   leaf.node->resident.fetch_add(1, std::memory_order_relaxed);
 }
 
+void Cache::Impl::replace(Leaf& leaf, unsigned i, FrameId old, FrameId fresh) {
+  Frame& was = store->frame(old);
+  SPILLWAY_ASSERT(clean(old) && !was.counted && !was.orphan);
+  store->entry(fresh).views.store(store->entry(old).views.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  install(leaf, i, fresh);  // the younger of two that name the page, should we be killed before the old one is cleared
+  leaf.node->resident.fetch_sub(1, std::memory_order_relaxed);
+  store->frame(fresh).views = was.views;
+  store->frame(fresh).unclaimed = was.unclaimed;
+  was.views = 0;
+  was.unclaimed = false;
+  store->clear(old);
+  put(old);
+}
+
 void Cache::Impl::join_view(Leaf& leaf, unsigned, FrameId f, Tenant& t) {
   Frame& fr = store->frame(f);
   ++fr.views;

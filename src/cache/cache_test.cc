@@ -471,6 +471,60 @@ TEST_F(CacheTest, Isolated_dirtyPageOfAnother_newestDataIsServed) {
   EXPECT_EQ(disk->count('r'), 1u) << "and the device was asked";
 }
 
+// The answer of a first read and all hits after it come from the memory that read filled, whoever had the page: a frame
+// that another tenant warmed in the CPU's caches, or left cold, would tell (./bench leak).
+TEST_F(CacheTest, Isolated_firstRead_freshFrameTakesThePlaceOfTheResidentOne) {
+  disk->fill(5);
+  make(options());
+  get(ga, 0, 4 * P);
+  cache::Node& n = *cache->impl().nodes_.front();
+  auto frame = [&](unsigned i) {
+    cache::Leaf* l = n.index.lock(0);
+    const cache::FrameId f = l->at(i);
+    n.index.unlock(l);
+    return f;
+  };
+  const cache::FrameId before = frame(2);
+  const auto want = disk->contents();
+  EXPECT_EQ(0, std::memcmp(get(gb, 0, 4 * P).data(), want.data(), 4 * P));
+  EXPECT_NE(frame(2), before);
+  EXPECT_EQ(cache->impl().store->frame(before).refs.load(), 0u) << "free";
+  EXPECT_EQ(cache->impl().store->frame(frame(2)).views, 2u);
+  EXPECT_EQ(cache->stats().resident_bytes, 4 * P);
+  EXPECT_EQ(cache->stats().nodes[0].resident_bytes, 4 * P);
+  disk->take_log();
+  EXPECT_EQ(0, std::memcmp(get(ga, 0, 4 * P).data(), want.data(), 4 * P));
+  kill();
+  make(options());
+  EXPECT_EQ(cache->stats().adopted_pages, 4u);
+  for (GroupId g : {ga, gb}) EXPECT_EQ(0, std::memcmp(get(g, 0, 4 * P).data(), want.data(), 4 * P));
+  EXPECT_EQ(disk->count('r'), 0u) << "in both views, before and after the restart";
+}
+
+// The device looked before the writeback and answered after it; the dirty frame was in no view and is gone by then.
+TEST_F(CacheTest, Read_overtakenByTheWritebackOfThePage_newestDataIsServed) {
+  for (bool other : {false, true}) {
+    disk->fill(5);
+    make(options());
+    const auto d = bytes_of(77, P);
+    ASSERT_TRUE(write(ga, 7 * P, d));
+    if (!other) cache->impl().forget_view(*cache->impl().tenant_of(ga));
+    reactor.spawn([](Cache& c) -> Task<void> {
+      Status s = co_await c.flush_all();
+      EXPECT_TRUE(s);
+    }(*cache));
+    disk->answer_ns = 5'000'000;
+    disk->delay_ns = [k = 0]() mutable { return k++ == 0 ? uint64_t{1'000'000} : uint64_t{0}; };
+    EXPECT_EQ(get(other ? gb : ga, 7 * P, P), d) << other;
+    disk->answer_ns = 0;
+    disk->delay_ns = nullptr;
+    EXPECT_EQ(get(ga, 7 * P, P), d) << other;
+    EXPECT_EQ(0, std::memcmp(disk->contents().data() + 7 * P, d.data(), P)) << "written meanwhile";
+    close();
+    fds = {};
+  }
+}
+
 TEST_F(CacheTest, Trusted_residentPage_isAHitForAll) {
   make(options(), CacheMode::kTrusted);
   get(ga, 0, 8 * P);

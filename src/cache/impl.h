@@ -175,6 +175,13 @@ struct Cache::Impl final : reclaim::GroupObserver {
   void release_dead_chunks(ViewList& list);                                 // list
   ViewChunk* chunk_of(Leaf& leaf, uint32_t slot, ViewList& list);           // list, leaf
   void install(Leaf& leaf, unsigned i, FrameId f);                          // leaf; frame private until then
+  // leaf; `fresh` (private, the same data) takes the place of `old` (clean) in the index and in all views. Who is copying
+  // from the old one has a reference and goes on.
+  void replace(Leaf& leaf, unsigned i, FrameId old, FrameId fresh);
+  bool clean(FrameId f) {                                                   // leaf; as the volume below has it
+    const cache::Frame& fr = store->frame(f);
+    return !fr.dirty && !fr.writeback && fr.writers == 0;
+  }
   void join_view(Leaf& leaf, unsigned i, FrameId f, Tenant& t);             // leaf
   // A frame for a read of the tenant, kNoFrame when it has too many under way already (so that it never is short of
   // frames because of others). Where there is none the view changes all the same and the data goes around the cache.

@@ -33,6 +33,7 @@ class TestDisk final : public Volume {
     IoClass io_class;
   };
   std::function<uint64_t()> delay_ns;       // per request; null: at once
+  uint64_t answer_ns = 0;                   // a read looks at the disk first and answers so much later
   std::set<uint64_t> bad_read, bad_write;   // pages
   bool bad_flush = false;
 
@@ -70,10 +71,14 @@ class TestDisk final : public Volume {
     const uint64_t n = iov_length(iov);
     note('r', offset, n, ctx);
     co_await wait();
-    std::lock_guard g(mutex_);
-    if (hit(bad_read, offset, n)) co_return fail(ErrorKind::kIo, "test-disk: read");
-    copy_to_iov(iov, 0, data_.data() + offset, n);
-    co_return Status{};
+    Status s{};
+    {
+      std::lock_guard g(mutex_);
+      if (hit(bad_read, offset, n)) s = fail(ErrorKind::kIo, "test-disk: read");
+      else copy_to_iov(iov, 0, data_.data() + offset, n);
+    }
+    if (answer_ns != 0) co_await Reactor::current().sleep_for(answer_ns);
+    co_return s;
   }
   Task<Status> do_write(IoContext ctx, uint64_t offset, Iov iov) override {
     const uint64_t n = iov_length(iov);

@@ -165,6 +165,8 @@ void FilterVolume::ask(Binding& b, Leaf& leaf, unsigned i, FrameId fresh, Pendin
   }
   c_.store->frame(fresh).refs.store(1, std::memory_order_relaxed);
   open->frame[i - open->first] = fresh;
+  // What the device gives may be older than a frame that is not down yet, also when that one is clean, or gone, by then.
+  if (const FrameId f = leaf.at(i); f != kNoFrame && !c_.clean(f)) open->stale |= bit(i - open->first);
   ++open->count;
   b.tenant->in_flight.fetch_add(1, std::memory_order_relaxed);
 }
@@ -299,9 +301,11 @@ void FilterVolume::drop(PendingRead* p) {
   delete p;
 }
 
-// What was read comes into the index and the view: page by page either the fresh frame is installed, or the resident
-// one (another tenant's, or a write's) is taken and the fresh one goes. Returns the pages that must be read again,
-// because they were written since and the writer's frame is gone already.
+// What was read comes into the index and the view, page by page. A fresh frame is installed where there is none, and takes
+// the place of a clean one that another tenant brought: this read and all that follow are answered from the same memory as
+// if nobody had had the page, so the CPU's caches do not tell (P3). A resident frame that is not clean, or was not when the
+// device was asked, is taken instead. Returns the pages that must be read again, because they were written since and the
+// writer's frame is gone already.
 uint64_t FilterVolume::absorb(PendingRead& p, Tenant& t, uint32_t slot, uint64_t todo) {
   uint64_t again = 0;
   Leaf* leaf = p.leaf;
@@ -318,6 +322,10 @@ uint64_t FilterVolume::absorb(PendingRead& p, Tenant& t, uint32_t slot, uint64_t
       }
       f = p.frame[k];
       c_.install(*leaf, i, f);
+    } else if ((p.stale & bit(k)) == 0 && c_.clean(f)) {
+      c_.replace(*leaf, i, f, p.frame[k]);
+      f = p.frame[k];
+      c_.merged.fetch_add(1, std::memory_order_relaxed);
     } else {
       c_.store->frame(f).refs.fetch_add(1, std::memory_order_relaxed);
       c_.put(p.frame[k]);
@@ -348,6 +356,15 @@ void FilterVolume::end_read(PendingRead& p, bool failed) {
   p.done.set();
 }
 
+// What absorb() will touch is fetched while the device is at work: whether there is a frame to be replaced, and how long
+// ago it was used, is not to be seen in the time of the answer.
+inline void FilterVolume::fetch_descriptors(FrameId fresh, FrameId resident) {
+  __builtin_prefetch(&c_.store->entry(fresh), 1);
+  if (resident == kNoFrame) return;
+  __builtin_prefetch(&c_.store->frame(resident), 1);
+  __builtin_prefetch(&c_.store->entry(resident), 1);
+}
+
 // Issues one pending read and brings it to its end.
 Task<Status> FilterVolume::read_pages(Binding& b, IoContext ctx, PendingRead* p) {
   constexpr int kAttempts = 8;
@@ -365,6 +382,7 @@ Task<Status> FilterVolume::read_pages(Binding& b, IoContext ctx, PendingRead* p)
       unsigned n = 0;
       while (a + n < p->count && (todo & bit(a + n)) != 0) {
         pieces[n] = {c_.store->data(p->frame[a + n]), kPageSize};
+        fetch_descriptors(p->frame[a + n], p->leaf->at(p->first + a + n));
         ++n;
       }
       s = co_await lower_->read(ctx, (base + a) * kPageSize, Iov(pieces, n));

@@ -95,6 +95,7 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   void take(Binding& b, Leaf& leaf, ViewChunk& chunk, unsigned i, PendingRead*& open, Plan& out);
   Task<Status> read_slow(Binding& b, IoContext ctx, uint64_t offset, Iov iov, uint64_t skip);
   Task<Status> read_pages(Binding& b, IoContext ctx, PendingRead* p);
+  void fetch_descriptors(FrameId fresh, FrameId resident);
   uint64_t absorb(PendingRead& p, Tenant& t, uint32_t slot, uint64_t todo);
   void end_read(PendingRead& p, bool failed);
   void drop(PendingRead* p);
