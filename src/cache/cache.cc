@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 #include <utility>
 
 #include <fmt/core.h>
@@ -89,6 +90,7 @@ Result<void> Cache::Impl::start() {
         }
         o.refs.store(0);
         o.dirty = o.counted = o.unclaimed = false;
+        leaf->unclean &= ~(uint64_t{1} << i);
         leaf->put(i, kNoFrame);
         n.resident.fetch_sub(1);
         adopted.fetch_sub(1);
@@ -104,6 +106,7 @@ Result<void> Cache::Impl::start() {
       if (dirty) {
         fr.dirty = fr.counted = true;
         fr.owner = &n.recovered;
+        leaf->unclean |= uint64_t{1} << i;
         n.dirty.fetch_add(1);
         dirty_total.fetch_add(1);
         n.recovered.push(page, f);
@@ -229,7 +232,7 @@ void Cache::forget(const std::string& node_key) {
             if (const uint8_t state = c->get(i); (state & page_state::kPresent) != 0) {
               list.remove(*c, i);
               ++gone;
-              if ((state & page_state::kLoading) == 0) --impl_->store->frame(l->at(i)).views;
+              if ((state & page_state::kLoading) == 0) --l->views[i];
             }
           list.remove_chunk(c);
           l->set_chunk(s, nullptr);
@@ -296,8 +299,22 @@ Tenant* Cache::Impl::tenant_of(GroupId id) {
     t->dead.store(false, std::memory_order_release);
   }
   recompute();
-  if (fresh && unclaimed.load(std::memory_order_relaxed) > 0) claim(*t);
+  if (fresh && store->adopted()) {
+    claim_all();
+    claim(*t);
+  }
   return t;
+}
+
+// With the first request after a restart every tenant has its view again, so that what the first does takes nothing from
+// those that come later (P4).
+void Cache::Impl::claim_all() {
+  if (claimed_all.exchange(true, std::memory_order_acq_rel)) return;
+  const GroupRef root = registry->root();
+  for (auto& g : registry->groups()) {
+    const bool top = g->is_root() ? options.root_is_tenant : g->parent() == root.get() && !g->dead();
+    if (top && store->knows_tenant(g->path())) (void)tenant_of(GroupId{g->id()});
+  }
 }
 
 uint32_t Cache::Impl::view_slot(Node& n, Tenant& t, DirtySet** set) {
@@ -421,12 +438,12 @@ uint64_t Cache::apply_pressure(double fraction) {
 // Guarded by the leaf's lock. The view has let go of the frame: with the last view a clean frame is free; a dirty one
 // stays, charged to whoever dirtied it, until it is written.
 void Cache::Impl::drop_view(Leaf& leaf, unsigned i, FrameId f, Tenant& t) {
-  Frame& fr = store->frame(f);
-  SPILLWAY_ASSERT(fr.views > 0);
-  --fr.views;
+  SPILLWAY_ASSERT(leaf.views[i] > 0);
+  --leaf.views[i];
   store->drop_view(f, t.bit);
-  if (fr.views != 0) return;
+  if (leaf.views[i] != 0) return;
   settle(leaf, i, f);
+  Frame& fr = store->frame(f);
   if (leaf.at(i) == f && fr.counted && !fr.orphan) {
     fr.orphan = true;
     if (fr.owner->tenant != nullptr) fr.owner->tenant->group->charge(kPageSize, numa_of(leaf.number));
@@ -437,7 +454,10 @@ void Cache::Impl::drop_view(Leaf& leaf, unsigned i, FrameId f, Tenant& t) {
 void Cache::Impl::settle(Leaf& leaf, unsigned i, FrameId f) {
   Frame& fr = store->frame(f);
   if (fr.dirty || fr.writeback) return;
-  if (fr.writers == 0) store->set_dirty(f, false);
+  if (fr.writers == 0) {
+    store->set_dirty(f, false);
+    leaf.unclean &= ~(uint64_t{1} << i);
+  }
   if (fr.counted) {
     fr.counted = false;
     if (fr.owner->tenant != nullptr) {
@@ -448,7 +468,7 @@ void Cache::Impl::settle(Leaf& leaf, unsigned i, FrameId f) {
     leaf.node->dirty.fetch_sub(1, std::memory_order_relaxed);
     dirty_total.fetch_sub(1, std::memory_order_relaxed);
   }
-  if (fr.views != 0 || fr.writers != 0 || fr.unclaimed) return;
+  if (leaf.views[i] != 0 || fr.writers != 0 || fr.unclaimed) return;
   store->clear(f);
   leaf.put(i, kNoFrame);
   leaf.node->resident.fetch_sub(1, std::memory_order_relaxed);
@@ -461,31 +481,36 @@ void Cache::Impl::install(Leaf& leaf, unsigned i, FrameId f) {
   fr.page = leaf.number * kLeafPages + i;
   fr.dirty = fr.writeback = fr.unclaimed = fr.counted = fr.orphan = fr.suspect = false;
   fr.writers = 0;
-  fr.views = 0;
   fr.owner = nullptr;
   fr.refs.fetch_add(1, std::memory_order_release);
   store->publish(f, false);
+  const FrameId before = leaf.at(i);
   leaf.put(i, f);
+  if (before != kNoFrame) {
+    // Cleared after its successor is there: should we be killed in between, the younger of the two counts.
+    store->clear(before);
+    put(before);
+    return;
+  }
+  SPILLWAY_ASSERT(leaf.views[i] == 0 && leaf.clean(i));
   leaf.node->resident.fetch_add(1, std::memory_order_relaxed);
 }
 
+// Little is touched of the old frame, and that was fetched while the device was at work (FilterVolume::fetch_descriptors):
+// the time of the answer must not tell that there was one.
 void Cache::Impl::replace(Leaf& leaf, unsigned i, FrameId old, FrameId fresh) {
-  Frame& was = store->frame(old);
-  SPILLWAY_ASSERT(clean(old) && !was.counted && !was.orphan);
+  SPILLWAY_ASSERT(leaf.clean(i));
+  bool unclaimed_too = false;
+  if (leaf.views[i] == 0) [[unlikely]]  // adopted, in nobody's view yet
+    unclaimed_too = std::exchange(store->frame(old).unclaimed, false);
   store->entry(fresh).views.store(store->entry(old).views.load(std::memory_order_relaxed), std::memory_order_relaxed);
-  install(leaf, i, fresh);  // the younger of two that name the page, should we be killed before the old one is cleared
-  leaf.node->resident.fetch_sub(1, std::memory_order_relaxed);
-  store->frame(fresh).views = was.views;
-  store->frame(fresh).unclaimed = was.unclaimed;
-  was.views = 0;
-  was.unclaimed = false;
-  store->clear(old);
-  put(old);
+  install(leaf, i, fresh);
+  store->frame(fresh).unclaimed = unclaimed_too;
 }
 
-void Cache::Impl::join_view(Leaf& leaf, unsigned, FrameId f, Tenant& t) {
+void Cache::Impl::join_view(Leaf& leaf, unsigned i, FrameId f, Tenant& t) {
   Frame& fr = store->frame(f);
-  ++fr.views;
+  ++leaf.views[i];
   store->add_view(f, t.bit);
   if (fr.unclaimed) {
     fr.unclaimed = false;
@@ -504,7 +529,7 @@ std::pair<ViewChunk*, unsigned> Cache::Impl::victim_of(ViewList& list) {
         ViewChunk* c = list.chunk_at(k);
         const FrameId f = c->leaf->at(i);
         if ((c->get(i) & (page_state::kPresent | page_state::kLoading)) == page_state::kPresent && f != kNoFrame &&
-            store->frame(f).views == 1)
+            c->leaf->views[i] == 1)
           return {c, i};
       }
   return list.victim();
@@ -654,16 +679,21 @@ uint64_t Cache::Impl::pressure(Tenant& t, double fraction) {
   return trim(t, true);
 }
 
-// Adopted pages go back into the views that had them, as far as the tenant's capacity reaches.
+// Adopted pages go back into the views that had them, as far as the tenant's capacity reaches, in the order of nodes and
+// pages: which frames they lie in depends on others.
 void Cache::Impl::claim(Tenant& t) {
   if (t.bit == FrameStore::kNoTenant) return;
+  std::vector<std::tuple<uint32_t, uint64_t, FrameId>> mine;
   store->scan([&](FrameId f, uint32_t slot, uint64_t page, bool, uint64_t views) {
-    if ((views >> t.bit & 1) == 0) return;
+    if ((views >> t.bit & 1) != 0) mine.emplace_back(slot, page, f);
+  });
+  std::sort(mine.begin(), mine.end());
+  for (const auto& [slot, page, f] : mine) {
     Node* n = nullptr;
     {
       std::lock_guard guard(mutex_);
       auto it = by_key_.find(store->node_key(slot));
-      if (it == by_key_.end()) return;
+      if (it == by_key_.end()) continue;
       n = it->second;
     }
     DirtySet* set = nullptr;
@@ -672,11 +702,11 @@ void Cache::Impl::claim(Tenant& t) {
     const unsigned i = page % kLeafPages;
     const int nn = numa_of(number);
     ViewList& list = t.lists[static_cast<size_t>(nn)];
-    if (list.pages() >= list.capacity()) return;
+    if (list.pages() >= list.capacity()) continue;
     reclaim::ChargeOptions o;
     o.node = nn;
     o.may_block = false;
-    if (!t.group->try_charge(kPageSize, o)) return;
+    if (!t.group->try_charge(kPageSize, o)) break;
     bool taken = false;
     {
       std::lock_guard guard(list.lock);
@@ -693,7 +723,7 @@ void Cache::Impl::claim(Tenant& t) {
       }
     }
     if (!taken) uncharge(t, nn, 1);
-  });
+  }
   for (int i = 0; i < numa; ++i)
     if (t.lists[static_cast<size_t>(i)].pages() != 0) shrinker.set_bit(*t.group, i);
 }

@@ -343,6 +343,11 @@ uint32_t FrameStore::tenant_bit(const std::string& name) {
   return i == kMaxTenants ? kNoTenant : i;
 }
 
+bool FrameStore::knows_tenant(const std::string& name) const {
+  const DirectoryEntry* d = directory(table_, kTenantDirectory);
+  return !name.empty() && std::any_of(d, d + kMaxTenants, [&](auto& e) { return text_of(e) == name; });
+}
+
 void FrameStore::finish_adoption() {
   if (!adopted_) return;
   uint64_t newest = 0;

@@ -46,7 +46,6 @@ static_assert(sizeof(TableEntry) == 32);
 // 0 = free. Everything else is guarded by the leaf's lock of the page.
 struct Frame {
   std::atomic<uint32_t> refs{0};
-  uint32_t views = 0;          // views that have it
   uint16_t node = 0;
   uint16_t writers = 0;        // copies into it under way
   bool dirty = false;          // differs from the volume below
@@ -117,6 +116,7 @@ class FrameStore {
   void free_node_slot(uint32_t slot);
   // kNoTenant when all 64 are taken.
   uint32_t tenant_bit(const std::string& name);
+  bool knows_tenant(const std::string& name) const;
 
   // For adoption: calls fn(frame, node slot, page, dirty, views) for every valid entry; duplicates are resolved. Then
   // everything not taken over by fn (refs still 0) is free.

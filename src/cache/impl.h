@@ -160,6 +160,7 @@ struct Cache::Impl final : reclaim::GroupObserver {
   uint64_t trim(Tenant& t, bool by_host); // evicts down to the capacity; pages
   uint64_t pressure(Tenant& t, double fraction);
   void claim(Tenant& t);                  // adopted frames that were in the tenant's view
+  void claim_all();
   void drop_unclaimed();
   void group_offline(reclaim::MemoryGroup& child, reclaim::MemoryGroup& parent) override;
   reclaim::CountReport count(const reclaim::ScanRequest& r);
@@ -178,10 +179,6 @@ struct Cache::Impl final : reclaim::GroupObserver {
   // leaf; `fresh` (private, the same data) takes the place of `old` (clean) in the index and in all views. Who is copying
   // from the old one has a reference and goes on.
   void replace(Leaf& leaf, unsigned i, FrameId old, FrameId fresh);
-  bool clean(FrameId f) {                                                   // leaf; as the volume below has it
-    const cache::Frame& fr = store->frame(f);
-    return !fr.dirty && !fr.writeback && fr.writers == 0;
-  }
   void join_view(Leaf& leaf, unsigned i, FrameId f, Tenant& t);             // leaf
   // A frame for a read of the tenant, kNoFrame when it has too many under way already (so that it never is short of
   // frames because of others). Where there is none the view changes all the same and the data goes around the cache.
@@ -217,6 +214,7 @@ struct Cache::Impl final : reclaim::GroupObserver {
   std::atomic<bool> closing{false};
   std::atomic<bool> ticking{false};
   std::atomic<bool> punching{false}, refilling{false};
+  std::atomic<bool> claimed_all{false};
   IoAwait* tick_sleep = nullptr;  // background reactor only
   std::minstd_rand refill_random{std::random_device{}()};  // background reactor only
 };

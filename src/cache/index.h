@@ -51,6 +51,8 @@ struct ViewTable : reclaim::RcuObject<ViewTable> {
 struct alignas(64) Leaf : reclaim::RcuObject<Leaf> {
   static constexpr uint32_t kInlineViews = 2;
   std::atomic<uint32_t> frame[kLeafPages] = {};  // frame + 1; 0 = none
+  uint16_t views[kLeafPages] = {};               // how many have the page and its frame
+  uint64_t unclean = 0;  // bit i: page i has a frame that may differ from the volume below, or is on its way down
   std::atomic<ViewChunk*> chunk0[kInlineViews] = {};
   std::atomic<ViewTable*> more{nullptr};         // slots from kInlineViews on
   Node* node = nullptr;
@@ -78,6 +80,7 @@ struct alignas(64) Leaf : reclaim::RcuObject<Leaf> {
                : nullptr;
   }
   void set_chunk(uint32_t slot, ViewChunk* c);  // lock held
+  bool clean(unsigned i) const { return (unclean >> i & 1) == 0; }
   bool empty() const { return frames == 0 && chunks == 0 && pending == nullptr; }
   PendingRead* find_pending(const Tenant* t, unsigned i) const {
     for (PendingRead* p = pending; p != nullptr; p = p->next)

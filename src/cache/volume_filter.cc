@@ -166,7 +166,7 @@ void FilterVolume::ask(Binding& b, Leaf& leaf, unsigned i, FrameId fresh, Pendin
   c_.store->frame(fresh).refs.store(1, std::memory_order_relaxed);
   open->frame[i - open->first] = fresh;
   // What the device gives may be older than a frame that is not down yet, also when that one is clean, or gone, by then.
-  if (const FrameId f = leaf.at(i); f != kNoFrame && !c_.clean(f)) open->stale |= bit(i - open->first);
+  if (!leaf.clean(i)) open->stale |= bit(i - open->first);
   ++open->count;
   b.tenant->in_flight.fetch_add(1, std::memory_order_relaxed);
 }
@@ -322,7 +322,7 @@ uint64_t FilterVolume::absorb(PendingRead& p, Tenant& t, uint32_t slot, uint64_t
       }
       f = p.frame[k];
       c_.install(*leaf, i, f);
-    } else if ((p.stale & bit(k)) == 0 && c_.clean(f)) {
+    } else if ((p.stale & bit(k)) == 0) {
       c_.replace(*leaf, i, f, p.frame[k]);
       f = p.frame[k];
       c_.merged.fetch_add(1, std::memory_order_relaxed);
@@ -356,17 +356,36 @@ void FilterVolume::end_read(PendingRead& p, bool failed) {
   p.done.set();
 }
 
-// What absorb() will touch is fetched while the device is at work: whether there is a frame to be replaced, and how long
-// ago it was used, is not to be seen in the time of the answer.
-inline void FilterVolume::fetch_descriptors(FrameId fresh, FrameId resident) {
-  __builtin_prefetch(&c_.store->entry(fresh), 1);
-  if (resident == kNoFrame) return;
-  __builtin_prefetch(&c_.store->frame(resident), 1);
-  __builtin_prefetch(&c_.store->entry(resident), 1);
+// Copies to the guest what it asked for and the device gave. Meanwhile what absorb() will touch is on its way into this CPU's
+// caches: that a frame was replaced, and how long ago it was used, is not to be seen in the time of the answer (P3).
+void FilterVolume::answer_early(PendingRead& p, Answer& a) {
+  uint64_t good = 0;
+  p.leaf->lock.lock();
+  good = ~p.stale;
+  for (unsigned k = 0; k < p.count; ++k) {
+    __builtin_prefetch(&c_.store->entry(p.frame[k]), 1);
+    if (const FrameId resident = p.leaf->at(p.first + k); resident != kNoFrame) {
+      __builtin_prefetch(&c_.store->frame(resident), 1);
+      __builtin_prefetch(&c_.store->entry(resident), 1);
+    }
+  }
+  p.leaf->lock.unlock();  // not empty: it has this pending read
+  uint64_t done = a.skip;
+  const uint64_t length = iov_length(a.iov);
+  for (Step& step : a.steps) {
+    const uint64_t in = (a.offset + done) % kPageSize;
+    const size_t n = std::min<uint64_t>(kPageSize - in, length - done);
+    if (step.read == &p) {
+      const auto k = static_cast<unsigned>(step.page % kLeafPages - p.first);
+      step.answered = (good & bit(k)) != 0;
+      if (step.answered) frame_to_iov(a.iov, done, c_.store->data(p.frame[k]) + in, n);
+    }
+    done += n;
+  }
 }
 
 // Issues one pending read and brings it to its end.
-Task<Status> FilterVolume::read_pages(Binding& b, IoContext ctx, PendingRead* p) {
+Task<Status> FilterVolume::read_pages(Binding& b, IoContext ctx, PendingRead* p, Answer* answer) {
   constexpr int kAttempts = 8;
   uint64_t todo = p->count == 64 ? ~uint64_t{0} : bit(p->count) - 1;
   Status s{};
@@ -382,13 +401,13 @@ Task<Status> FilterVolume::read_pages(Binding& b, IoContext ctx, PendingRead* p)
       unsigned n = 0;
       while (a + n < p->count && (todo & bit(a + n)) != 0) {
         pieces[n] = {c_.store->data(p->frame[a + n]), kPageSize};
-        fetch_descriptors(p->frame[a + n], p->leaf->at(p->first + a + n));
         ++n;
       }
       s = co_await lower_->read(ctx, (base + a) * kPageSize, Iov(pieces, n));
       a += n;
     }
     if (!s) break;
+    if (answer != nullptr && attempt == 0) answer_early(*p, *answer);
     todo = absorb(*p, *b.tenant, b.slot, todo);
   }
   // Pages that were written under every attempt are served, but not kept.
@@ -405,11 +424,12 @@ Task<Status> FilterVolume::read_slow(Binding& b, IoContext ctx, uint64_t offset,
   // A page that is still being read for this tenant is no miss: streams follow the view, not the device.
   note_read(b, ctx, offset, length, p.misses != 0 || c_.mutant == Cache::Impl::Mutant::kAheadOnLoading);
   Status s{};
+  Answer answer{p.steps, offset, skip, iov};
   if (p.own.size() == 1) {
-    s = co_await read_pages(b, ctx, p.own[0]);
+    s = co_await read_pages(b, ctx, p.own[0], &answer);
   } else if (!p.own.empty()) {
     std::vector<Task<Status>> parts;
-    for (PendingRead* r : p.own) parts.push_back(read_pages(b, ctx, r));
+    for (PendingRead* r : p.own) parts.push_back(read_pages(b, ctx, r, &answer));
     s = co_await all_of(std::move(parts));
   }
   uint64_t done = skip;
@@ -424,7 +444,7 @@ Task<Status> FilterVolume::read_slow(Binding& b, IoContext ctx, uint64_t offset,
       around = step.read->failed && s.has_value();
       f = step.read->frame[step.page % kLeafPages - step.read->first];
     }
-    if (s.has_value()) {
+    if (s.has_value() && !step.answered) {
       if (around) {
         IovSlice part(iov, done, n);
         s = co_await read_around(ctx, offset + done, part);
@@ -927,7 +947,7 @@ Task<Status> FilterVolume::do_discard(IoContext ctx, uint64_t offset, uint64_t l
       }
       if (f == kNoFrame) continue;
       Frame& fr = c_.store->frame(f);
-      if (fr.views == 0) {
+      if (leaf.views[i] == 0) {
         fr.dirty = false;  // nobody sees it: what was written need not go down
         c_.settle(leaf, i, f);
       } else {

@@ -72,6 +72,13 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
     uint64_t page;
     FrameId frame = kNoFrame;     // kFrame: with a reference
     PendingRead* read = nullptr;  // kRead: with a reference
+    bool answered = false;        // kRead: the guest has its bytes
+  };
+  // A read of a guest, for what can be answered before the fresh frames come into the index.
+  struct Answer {
+    std::vector<Step>& steps;
+    uint64_t offset, skip;  // of the request; its bytes that are answered already
+    Iov iov;
   };
   struct Plan {
     std::vector<Step> steps;
@@ -94,8 +101,8 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   void ask(Binding& b, Leaf& leaf, unsigned i, FrameId fresh, PendingRead*& open, Plan& out);
   void take(Binding& b, Leaf& leaf, ViewChunk& chunk, unsigned i, PendingRead*& open, Plan& out);
   Task<Status> read_slow(Binding& b, IoContext ctx, uint64_t offset, Iov iov, uint64_t skip);
-  Task<Status> read_pages(Binding& b, IoContext ctx, PendingRead* p);
-  void fetch_descriptors(FrameId fresh, FrameId resident);
+  Task<Status> read_pages(Binding& b, IoContext ctx, PendingRead* p, Answer* answer = nullptr);
+  void answer_early(PendingRead& p, Answer& a);
   uint64_t absorb(PendingRead& p, Tenant& t, uint32_t slot, uint64_t todo);
   void end_read(PendingRead& p, bool failed);
   void drop(PendingRead* p);

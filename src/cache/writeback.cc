@@ -34,6 +34,7 @@ void Cache::Impl::begin_write(Leaf& leaf, unsigned i, FrameId f) {
   SPILLWAY_ASSERT(fr.writers != 0);
   fr.refs.fetch_add(1, std::memory_order_relaxed);
   store->set_dirty(f, true);
+  leaf.unclean |= uint64_t{1} << i;
   leaf.mark_stale(i);
 }
 
@@ -48,7 +49,7 @@ void Cache::Impl::end_write(Leaf& leaf, unsigned i, FrameId f, DirtySet& set) {
     if (set.tenant != nullptr) set.tenant->dirty.fetch_add(1, std::memory_order_relaxed);
     leaf.node->dirty.fetch_add(1, std::memory_order_relaxed);
     dirty_total.fetch_add(1, std::memory_order_relaxed);
-    if (fr.views == 0 && !fr.unclaimed) {
+    if (leaf.views[i] == 0 && !fr.unclaimed) {
       fr.orphan = true;
       if (set.tenant != nullptr) set.tenant->group->charge(kPageSize, numa_of(leaf.number));
     }
