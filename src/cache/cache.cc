@@ -269,34 +269,25 @@ uint64_t Cache::Impl::now_ns() const {
   return static_cast<uint64_t>(registry->clock().now().time_since_epoch().count());
 }
 
-Tenant* Cache::Impl::tenant_of(GroupId id) {
+Tenant* Cache::Impl::tenant_of(GroupId id, bool asks) {
   GroupRef g = registry->find_group(static_cast<uint32_t>(id));
   if (!g) g = registry->root();
   GroupRef live = g->live();
   GroupRef top = GroupRef::share(live->top_level());
+  const bool direct = asks && live.get() == top.get();
   Tenant* t = nullptr;
   bool fresh = false;
   {
     std::lock_guard guard(mutex_);
     for (auto& have : tenants_)
-      if (have->serial == top->serial() && !have->dead.load(std::memory_order_relaxed)) return have.get();
-    const std::string name = top->path();
-    for (auto& have : tenants_)
-      if (have->dead.load(std::memory_order_relaxed) && have->name == name && have->pages(numa) == 0 &&
-          have->dirty.load() == 0)
-        t = have.get();
-    if (t == nullptr) {
-      tenants_.push_back(std::make_unique<Tenant>());
-      t = tenants_.back().get();
-      t->index = static_cast<uint32_t>(tenants_.size() - 1);
-      t->name = name;
-      t->bit = store->tenant_bit(name);
-      t->lists = std::make_unique<ViewList[]>(static_cast<size_t>(numa));
-      fresh = true;
+      if (have->serial == top->serial() && !have->dead.load(std::memory_order_relaxed)) t = have.get();
+    if (t != nullptr) {
+      if (t->direct || !direct) return t;
+      t->direct = true;
+    } else {
+      t = &make_tenant(top, &fresh);
+      t->direct = direct;
     }
-    t->group = top;
-    t->serial = top->serial();
-    t->dead.store(false, std::memory_order_release);
   }
   recompute();
   if (fresh && store->adopted()) {
@@ -306,6 +297,29 @@ Tenant* Cache::Impl::tenant_of(GroupId id) {
   return t;
 }
 
+// mutex_ held. A new one, or one of that name whose group went and came back.
+Tenant& Cache::Impl::make_tenant(const GroupRef& top, bool* fresh) {
+  const std::string name = top->path();
+  Tenant* t = nullptr;
+  for (auto& have : tenants_)
+    if (have->dead.load(std::memory_order_relaxed) && have->name == name && have->pages(numa) == 0 &&
+        have->dirty.load() == 0)
+      t = have.get();
+  if (t == nullptr) {
+    tenants_.push_back(std::make_unique<Tenant>());
+    t = tenants_.back().get();
+    t->index = static_cast<uint32_t>(tenants_.size() - 1);
+    t->name = name;
+    t->bit = store->tenant_bit(name);
+    t->lists = std::make_unique<ViewList[]>(static_cast<size_t>(numa));
+    *fresh = true;
+  }
+  t->group = top;
+  t->serial = top->serial();
+  t->dead.store(false, std::memory_order_release);
+  return *t;
+}
+
 // With the first request after a restart every tenant has its view again, so that what the first does takes nothing from
 // those that come later (P4).
 void Cache::Impl::claim_all() {
@@ -313,7 +327,7 @@ void Cache::Impl::claim_all() {
   const GroupRef root = registry->root();
   for (auto& g : registry->groups()) {
     const bool top = g->is_root() ? options.root_is_tenant : g->parent() == root.get() && !g->dead();
-    if (top && store->knows_tenant(g->path())) (void)tenant_of(GroupId{g->id()});
+    if (top && store->knows_tenant(g->path())) (void)tenant_of(GroupId{g->id()}, false);
   }
 }
 
@@ -329,6 +343,22 @@ uint32_t Cache::Impl::view_slot(Node& n, Tenant& t, DirtySet** set) {
   }
   *set = n.sets[s].get();
   return s;
+}
+
+// What the sub-groups of a tenant may hold together: UINT64_MAX while one of them has no limit. A page of the view is the
+// tenant's, whichever of its guests brought it, so their limits hold as a sum, and only where all its guests are in one.
+static uint64_t limit_of_subgroups(const std::vector<GroupRef>& all, const reclaim::MemoryGroup& top) {
+  uint64_t sum = 0;
+  bool any = false;
+  for (auto& g : all) {
+    if (g->parent() != &top || g->dead()) continue;
+    const reclaim::GroupLimits l = g->limits();
+    const uint64_t most = std::min(l.max, l.high);
+    if (most == reclaim::kUnlimited || sum + most < sum) return reclaim::kUnlimited;
+    sum += most;
+    any = true;
+  }
+  return any ? sum : reclaim::kUnlimited;
 }
 
 // The capacity is shared out among all top-level groups there are, whether they use the cache or not: what a tenant
@@ -350,6 +380,10 @@ void Cache::Impl::recompute() {
     in[i].limits = tops[i]->limits();
     if (tops[i]->is_root()) in[i].limits = {};
     in[i].limits.max = std::min(in[i].limits.max, in[i].limits.high);
+    const bool direct = tops[i]->is_root() || std::any_of(tenants_.begin(), tenants_.end(), [&](auto& t) {
+      return t->serial == tops[i]->serial() && t->direct;
+    });
+    if (!direct) in[i].limits.max = std::min(in[i].limits.max, limit_of_subgroups(all, *tops[i]));
   }
   const uint64_t capacity = capacity_bytes.load(std::memory_order_relaxed);
   reclaim::entitlements(capacity, in.data(), out.data(), in.size());

@@ -278,6 +278,29 @@ TEST_F(CacheTest, Group_max_isHeldByTheTenantsOwnEviction) {
   EXPECT_GT(cache->stats().tenants[0].evicted_bytes, 5 * kMiB);
 }
 
+TEST_F(CacheTest, Group_max_ofTheSubGroups_holdsAsTheirSum_whileNoGuestIsOutside) {
+  auto x = registry.create_group("x", a.get()), y = registry.create_group("y", a.get());
+  x->set_max(1 * kMiB);
+  y->set_max(1 * kMiB);
+  make(options(16 * kMiB));
+  for (uint64_t at = 0; at < 8 * kMiB; at += 16 * P) get(GroupId{x->id()}, at, 16 * P);
+  EXPECT_LE(a->usage_exact(), 2 * kMiB);
+  EXPECT_GT(a->usage_exact(), 1 * kMiB);
+  x->set_max(256 * 1024);
+  cache->refresh_entitlements();  // as the host does after `group set`
+  get(GroupId{x->id()}, 8 * kMiB, P);
+  EXPECT_LE(a->usage_exact(), kMiB + 256 * 1024);
+  y->set_max(reclaim::kUnlimited);
+  cache->refresh_entitlements();
+  for (uint64_t at = 0; at < 8 * kMiB; at += 16 * P) get(GroupId{x->id()}, at, 16 * P);
+  EXPECT_GT(a->usage_exact(), 4 * kMiB) << "one without a limit: only the tenant's own holds";
+  y->set_max(1 * kMiB);
+  get(ga, 0, P);
+  for (uint64_t at = 0; at < 8 * kMiB; at += 16 * P) get(ga, at, 16 * P);
+  EXPECT_GT(a->usage_exact(), 4 * kMiB) << "a guest outside of both";
+  for (auto* g : {&x, &y}) EXPECT_EQ(registry.remove_group(**g), reclaim::Errc::kOk);
+}
+
 TEST_F(CacheTest, Dirty_limit_throttlesTheWriter_boundsDirtyBytes) {
   disk->delay_ns = [] { return 1'000'000; };
   CacheOptions o = options(8 * kMiB);

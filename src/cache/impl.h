@@ -37,6 +37,7 @@ struct Tenant {
   reclaim::GroupRef group;
   uint64_t serial = 0;
   std::atomic<bool> dead{false};
+  bool direct = false;                   // some export is in the group itself and not in a sub-group (Impl::mutex_)
   std::unique_ptr<ViewList[]> lists;     // by NUMA node
   std::atomic<uint64_t> entitlement{0};  // pages, without pressure
   std::atomic<uint32_t> scale{kScaleOne};
@@ -157,7 +158,9 @@ struct Cache::Impl final : reclaim::GroupObserver {
   Result<void> start();
   uint64_t in_flight_pages() const;
   Node& node_of(const std::string& key, uint32_t slot, uint64_t pages);  // mutex_ held
-  Tenant* tenant_of(GroupId group);
+  // asks: for a request of that very group (Tenant::direct).
+  Tenant* tenant_of(GroupId group, bool asks = true);
+  Tenant& make_tenant(const reclaim::GroupRef& top, bool* fresh);
   uint32_t view_slot(Node& n, Tenant& t, DirtySet** set);
   void recompute();                       // entitlements of all tenants
   void apply_capacity(Tenant& t);         // list capacities from entitlement and scale
