@@ -106,8 +106,6 @@ class IndexOnly final : public Volume {
       reclaim::RcuGuard rcu;
       cache::Leaf* leaf = n_.index.find(page / kLeafPages);
       if (leaf != nullptr) f = leaf->at(page % kLeafPages);
-      __builtin_prefetch(c_.store->data(f) + offset % kPageSize);  // as a view's hit does
-      __builtin_prefetch(c_.store->data(f) + offset % kPageSize + 64);
       if (f == cache::kNoFrame || !c_.store->frame(f).try_get() || leaf->at(page % kLeafPages) != f) std::abort();
     }
     cache::frame_to_iov(iov, 0, c_.store->data(f) + offset % kPageSize, iov_length(iov));

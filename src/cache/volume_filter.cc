@@ -58,7 +58,7 @@ void FilterVolume::unbind(GroupId group) {
 // ---- read ----------------------------------------------------------------------------------------------------------
 
 // A page that is in the tenant's view and there: its frame with a reference. Lock-free.
-inline FrameId FilterVolume::hit(Binding& b, uint64_t page, size_t in) {
+inline FrameId FilterVolume::hit(Binding& b, uint64_t page) {
   using namespace page_state;
   RcuGuard rcu;
   Leaf* leaf = node_.index.find(page / kLeafPages);
@@ -70,10 +70,6 @@ inline FrameId FilterVolume::hit(Binding& b, uint64_t page, size_t in) {
   if ((s & (kPresent | kLoading)) != kPresent) return kNoFrame;
   const FrameId f = leaf->at(i);
   if (f == kNoFrame) [[unlikely]] return kNoFrame;
-  // The data comes while the reference is taken, which no later load passes.
-  const std::byte* data = c_.store->data(f) + in;
-  __builtin_prefetch(data);
-  __builtin_prefetch(data + 64);
   Frame& fr = c_.store->frame(f);
   if (!fr.try_get()) [[unlikely]] return kNoFrame;
   // The descriptor may have begun another life between the look and the reference: look again, view and entry both.
@@ -123,7 +119,7 @@ Task<Status> FilterVolume::do_read(IoContext ctx, uint64_t offset, Iov iov) {
   bool marked = false;
   while (done < length) {
     const uint64_t page = page_of(offset + done), in = (offset + done) % kPageSize;
-    const FrameId f = hit(b, page, in);
+    const FrameId f = hit(b, page);
     if (f == kNoFrame) break;
     const size_t n = std::min<uint64_t>(kPageSize - in, length - done);
     if (done + n < length) fetch(b, page + 1, 0, false);

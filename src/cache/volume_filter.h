@@ -95,7 +95,7 @@ class FilterVolume final : public Volume, public std::enable_shared_from_this<Fi
   Binding& bind_slow(GroupId group);
 
   void fetch(const Binding& b, uint64_t page, size_t in, bool write);
-  FrameId hit(Binding& b, uint64_t page, size_t in);  // with a reference; kNoFrame: not a plain hit
+  FrameId hit(Binding& b, uint64_t page);  // with a reference; kNoFrame: not a plain hit
   void plan(Binding& b, uint64_t first, uint64_t count, bool ahead, Plan& out);
   void plan_leaf(Binding& b, uint64_t number, unsigned first, unsigned count, bool ahead, Plan& out);
   void ask(Binding& b, Leaf& leaf, unsigned i, FrameId fresh, PendingRead*& open, Plan& out);
