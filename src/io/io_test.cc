@@ -28,6 +28,34 @@ std::unique_ptr<UringReactor> ring() {
   return std::move(*r);
 }
 
+Forecast after(std::initializer_list<uint64_t> gaps_us) {
+  Forecast f;
+  for (uint64_t us : gaps_us) f.add(us * 1000);
+  return f;
+}
+
+TEST(Forecast, is_a_window_that_one_late_and_two_later_gaps_do_not_move) {
+  EXPECT_FALSE(after({1200, 1200, 1200, 1200, 1200, 1200, 1200}).next(50'000)) << "seven of eight";
+  const auto w = after({1200, 1100, 1150, 1300, 4000, 1180, 1250, 900}).next(50'000);
+  ASSERT_TRUE(w);
+  EXPECT_EQ(w->from_ns, 1'100'000u - 57'500);  // slack: a quarter of 1100..1250, and 20 us
+  EXPECT_EQ(w->to_ns, 1'250'000u + 57'500);
+  // The oldest are forgotten: a new rhythm is told after eight of it, also much later.
+  Forecast f = after({1200, 1200, 1200, 1200, 1200, 1200, 1200, 1200});
+  for (int i = 0; i < 100; ++i) f.add(3'000'000);
+  ASSERT_TRUE(f.next(50'000));
+  EXPECT_EQ(f.next(50'000)->from_ns, 2'980'000u);
+}
+
+TEST(Forecast, tells_nothing_when_it_would_keep_the_reactor_awake_for_half_of_the_time_or_work_stays_away) {
+  EXPECT_FALSE(after({1000, 1000, 1000, 1500, 1500, 1500, 1500, 1500}).next(0)) << "wide";
+  EXPECT_TRUE(after({1000, 1000, 1000, 1200, 1200, 1200, 1200, 1200}).next(0));
+  EXPECT_FALSE(after({1000, 1000, 1000, 1200, 1200, 1200, 1200, 1200}).next(300'000)) << "a slow wake-up";
+  EXPECT_FALSE(after({200, 200, 200, 200, 200, 200, 200, 200}).next(100'000)) << "shorter than two wake-ups";
+  EXPECT_FALSE(after({1000, 1000, 1000, 1000, 1000, 60'000, 60'000, 60'000}).next(0)) << "three did not come";
+  EXPECT_FALSE(after({6000, 6000, 6000, 6000, 6000, 6000, 6000, 6000}).next(0)) << "too rare";
+}
+
 TEST(Task_nested, gives_value) {
   SimReactor sim;
   EXPECT_EQ(sim.block_on(sum_to(100)), 4950);

@@ -207,12 +207,10 @@ constexpr uint64_t kWakeTag = 1;
 constexpr uint64_t kCancelTag = 2;
 constexpr uint64_t kMaxSpinNs = 60'000;  // about what waking an idle CPU costs on a virtual machine
 constexpr uint64_t kMinSpinNs = 4'000;
-constexpr uint64_t kLongGapNs = 5'000'000;  // no work is expected after longer gaps
 // Reads and writes are handed over in batches of so many: the device begins with the first ones while the rest is prepared.
 // One system call for a whole ring of requests makes all of them wait for the last (measured: docs/virtio-blk.md).
 constexpr unsigned kSubmitBatch = 4;
-constexpr uint32_t kRegularGaps = 3;
-constexpr uint64_t kLeadNs = 150'000;       // awake so long before expected work: timer slack and waking up itself
+constexpr uint64_t kMaxLateNs = 200'000;
 }  // namespace
 
 UringReactor::UringReactor() : ring_(std::make_unique<Ring>()) {}
@@ -406,8 +404,8 @@ void UringReactor::enter() {
 
 // Hybrid polling. While pollers are registered: spin for twice the usual gap between two pieces of work, if that gap is
 // shorter than waking up costs; otherwise sleep at once. Gaps that are longer but regular (a guest that does one request a
-// millisecond): sleep until shortly before the next is due, then spin for it. One that does not come ends that, so that an
-// idle reactor sleeps for good.
+// millisecond): sleep until shortly before the next is due, then spin for it (forecast.h). After one that does not come the
+// reactor sleeps until there is work, so that an idle one sleeps for good.
 bool UringReactor::may_spin() {
   if (pollers_.empty()) return false;
   const uint64_t now = now_ns();
@@ -415,7 +413,7 @@ bool UringReactor::may_spin() {
   if (spin_until_ns_ != 0) {
     if (now < spin_until_ns_) return true;
     spin_until_ns_ = 0;
-    regular_ = 0;
+    missed_ = true;
     return false;
   }
   if (gap_ns_ > kMaxSpinNs) return false;
@@ -426,20 +424,14 @@ void UringReactor::end_idle() {
   if (idle_since_ns_ == 0) return;
   const uint64_t gap = now_ns() - idle_since_ns_;
   idle_since_ns_ = spin_until_ns_ = 0;
+  missed_ = false;
   gap_ns_ = (7 * gap_ns_ + std::min(gap, 4 * kMaxSpinNs)) / 8;
-  if (gap <= kMaxSpinNs) return;
-  const uint64_t off = gap > long_gap_ns_ ? gap - long_gap_ns_ : long_gap_ns_ - gap;
-  if (gap > kLongGapNs) regular_ = 0;
-  else if (off < long_gap_ns_ / 4) ++regular_;
-  else regular_ /= 2;
-  long_gap_ns_ = regular_ == 0 ? gap : (3 * long_gap_ns_ + gap) / 4;
+  if (gap > kMaxSpinNs) forecast_.add(gap);
 }
 
-// When to be awake again for expected work; 0 = none is expected.
-uint64_t UringReactor::expected_ns() const {
-  if (regular_ < kRegularGaps || idle_since_ns_ == 0 || expectant_.empty()) return 0;
-  if (long_gap_ns_ < 2 * kLeadNs) return 0;
-  return idle_since_ns_ + long_gap_ns_ - kLeadNs;
+std::optional<Forecast::Window> UringReactor::expected() const {
+  if (missed_ || idle_since_ns_ == 0 || expectant_.empty()) return std::nullopt;
+  return forecast_.next(late_ns_);
 }
 
 void UringReactor::sleep(uint64_t until_ns) {
@@ -490,18 +482,21 @@ void UringReactor::turn(bool may_sleep) {
   sleeping_.store(true, std::memory_order_seq_cst);
   bool more = inbox_.load(std::memory_order_seq_cst) != nullptr;
   if (!pollers_.empty()) more |= release_pollers();
-  const uint64_t expected = more ? 0 : expected_ns();
+  const auto window = more ? std::nullopt : expected();
+  const uint64_t wake = window ? idle_since_ns_ + window->from_ns - late_ns_ : 0;
   if (!more) {
     uint64_t until = timers_.empty() ? 0 : timers_.top().deadline;
-    if (expected != 0 && (until == 0 || expected < until)) until = expected;
+    if (wake != 0 && (until == 0 || wake < until)) until = wake;
     sleep(until);
   }
   sleeping_.store(false, std::memory_order_relaxed);
   reap();
-  if (expected != 0 && now_ns() >= expected && ready_.empty()) {
-    spin_until_ns_ = idle_since_ns_ + long_gap_ns_ + kLeadNs;
-    for (Poller* p : std::exchange(expectant_, {})) p->expect_work();
-  }
+  if (wake == 0 || !ready_.empty()) return;
+  const uint64_t now = now_ns();
+  if (now < wake) return;
+  late_ns_ = std::max(std::min(now - wake, kMaxLateNs), late_ns_ - late_ns_ / 8);
+  spin_until_ns_ = idle_since_ns_ + window->to_ns;
+  for (Poller* p : std::exchange(expectant_, {})) p->expect_work();
 }
 
 }  // namespace spillway

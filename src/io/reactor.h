@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "src/base/result.h"
+#include "src/io/forecast.h"
 #include "src/io/task.h"
 
 struct msghdr;
@@ -223,7 +224,7 @@ class UringReactor final : public Reactor {
   void enter();
   bool may_spin();
   void end_idle();
-  uint64_t expected_ns() const;
+  std::optional<Forecast::Window> expected() const;
   void sleep(uint64_t until_ns);
   bool fire_timers();
   void arm_wakeup();
@@ -237,9 +238,10 @@ class UringReactor final : public Reactor {
   uint64_t wake_value_ = 0;
   uint64_t idle_since_ns_ = 0;  // 0: busy
   uint64_t gap_ns_ = 0;         // moving average of the time between two pieces of work, cut at 4 kMaxSpinNs
-  uint64_t long_gap_ns_ = 0;    // the same of gaps too long to spin through
-  uint32_t regular_ = 0;        // how many of those in a row came as expected
+  Forecast forecast_;           // of the gaps too long to spin through
+  uint64_t late_ns_ = 0;        // by how much timed sleeps ended too late; falls by an eighth each
   uint64_t spin_until_ns_ = 0;  // awake ahead of expected work
+  bool missed_ = false;         // it did not come
   bool enabled_ = false;
 };
 
