@@ -2,6 +2,7 @@
  *   fsx FILE OPS SEED            random operations on one file against a model in memory: write, read, mmap, O_DIRECT, truncate,
  *                                punch, zero range, fsync, dropped page cache; prints "ok" or what differs
  *   tree DIR OPS SEED            random creates, renames, links, removes below DIR, some synced; prints "ok"
+ *   punch DEVICE OFFSET BYTES    fallocate(punch hole): write zeroes with unmap; prints "ok"
  *   dio MAP DEVICE OFFSET MIB    O_DIRECT from and to a shared mapping of MAP; prints "wrote E1 read E2 wrong N" (E: errno's
  *                                name or ok)
  */
@@ -168,6 +169,13 @@ static int dio(const char *file, const char *device, long offset, long bytes) {
   return 0;
 }
 
+static int punch(const char *device, long offset, long bytes) {
+  const int fd = open(device, O_RDWR);
+  if (fd < 0 || fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes) || fsync(fd)) die("punch", 0);
+  puts("ok");
+  return 0;
+}
+
 int main(int argc, char **argv) {
   if (argc < 5) return 2;
   buffer = aligned_alloc(4096, kMax);
@@ -175,6 +183,7 @@ int main(int argc, char **argv) {
   const long number = strtol(argv[3], 0, 0);
   if (!strcmp(argv[1], "fsx")) return fsx(argv[2], number);
   if (!strcmp(argv[1], "tree")) return tree(argv[2], number);
+  if (!strcmp(argv[1], "punch")) return punch(argv[2], number, strtol(argv[4], 0, 0));
   if (!strcmp(argv[1], "dio") && argc == 6) return dio(argv[2], argv[3], strtol(argv[4], 0, 0), strtol(argv[5], 0, 0) << 20);
   return 2;
 }
