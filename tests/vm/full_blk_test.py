@@ -110,7 +110,7 @@ class BlkTest(harness.VmTest):
         self.assertNotEqual(g.run("dd if=/dev/zero of=/dev/vdc bs=4096 count=1 oflag=direct", check=False)[0], 0)
         g.run("mount -o ro /dev/vdc /e && cmp /bin/busybox /e/b && umount /e")
         # Discard and write zeroes give the space back.
-        g.run("dd if=/dev/urandom of=/dev/vda bs=1M count=16 oflag=direct 2>/dev/null && sync")
+        g.run("dd if=/dev/urandom of=/dev/vda bs=1M count=16 oflag=direct conv=fsync 2>/dev/null")
         blocks = lambda: sum((self.folder / f"s{i}.img").stat().st_blocks * 512 for i in range(4))
         before = blocks()
         g.run("blkdiscard -o 0 -l 8388608 /dev/vda && blk_guest punch /dev/vda 8388608 8388608")
