@@ -205,8 +205,10 @@ namespace {
 // user_data of operations that belong to the loop itself; IoOp addresses are aligned, so never these.
 constexpr uint64_t kWakeTag = 1;
 constexpr uint64_t kCancelTag = 2;
-constexpr uint64_t kMaxSpinNs = 60'000;  // about what waking an idle CPU costs on a virtual machine
-constexpr uint64_t kMinSpinNs = 4'000;
+// A client that waits for an interrupt comes back after one wake-up (35-75 us between idle virtual CPUs) and its own work; who
+// goes to sleep just before that pays for a second one. So: a round trip. Measured in docs/virtio-blk.md.
+constexpr uint64_t kMaxSpinNs = 120'000;
+constexpr uint64_t kMinSpinNs = 60'000;
 // Reads and writes are handed over in batches of so many: the device begins with the first ones while the rest is prepared.
 // One system call for a whole ring of requests makes all of them wait for the last (measured: docs/virtio-blk.md).
 constexpr unsigned kSubmitBatch = 4;
@@ -402,8 +404,8 @@ void UringReactor::enter() {
     io_uring_submit_and_get_events(ring);
 }
 
-// Hybrid polling. While pollers are registered: spin for twice the usual gap between two pieces of work, if that gap is
-// shorter than waking up costs; otherwise sleep at once. Gaps that are longer but regular (a guest that does one request a
+// Hybrid polling. While pollers are registered: spin for three times the usual gap between two pieces of work, if that gap is
+// shorter than a client's round trip; otherwise sleep at once. Gaps that are longer but regular (a guest that does one request a
 // millisecond): sleep until shortly before the next is due, then spin for it (forecast.h). After one that does not come the
 // reactor sleeps until there is work, so that an idle one sleeps for good.
 bool UringReactor::may_spin() {
@@ -417,7 +419,7 @@ bool UringReactor::may_spin() {
     return false;
   }
   if (gap_ns_ > kMaxSpinNs) return false;
-  return now - idle_since_ns_ < std::clamp(2 * gap_ns_, kMinSpinNs, kMaxSpinNs);
+  return now - idle_since_ns_ < std::clamp(3 * gap_ns_, kMinSpinNs, kMaxSpinNs);
 }
 
 void UringReactor::end_idle() {
