@@ -68,15 +68,16 @@ class Shares(ProgramTest):
         return [json.loads(line) for line in p.stdout.decode().splitlines()]
 
     def settle(self, *loads, n):
-        """Until each has done n more: the scheduler has seen what it needs."""
+        """Until each has done n more: the scheduler has seen what it needs. A client without a completion says so itself."""
         until = [(load, load.done + n) for load in loads]
-        deadline = time.monotonic() + 60
         while any(load.done < end for load, end in until):
-            self.assertLess(time.monotonic(), deadline, [load.error for load in loads])
+            for load in loads:
+                self.assertTrue(load.is_alive(), load.error)
             time.sleep(0.02)
 
-    def ratio(self, a, b, n=400):
-        """b's completions by a's while a does n: no clock in it. Seeks make a tenth of that scatter by a third."""
+    def ratio(self, a, b, n=300):
+        """b's completions by a's while a does n: no clock in it. What is in the device at either end is up to 32 of them, and
+        the drive serves those in its own order."""
         a0, b0 = a.done, b.done
         self.settle(a, n=n)
         return (b.done - b0) / (a.done - a0)
@@ -88,11 +89,11 @@ class Shares(ProgramTest):
         (group,) = now["disks"][0]["groups"]
         self.assertEqual((group["name"], group["share_wanted"], group["share_got"]), ("a", 1, 1))
         b = self.load("b", seed=2)
-        self.settle(a, n=150)
+        self.settle(a, n=100)
         self.assertAlmostEqual(self.ratio(a, b), 3, delta=0.35)
         p = self.spillway("--config", self.path, "group", "set", "b", "weight=100")
         self.assertEqual(p.returncode, 0, p.stderr)
-        self.settle(a, n=150)
+        self.settle(a, n=100)
         self.assertAlmostEqual(self.ratio(a, b), 1, delta=0.15)
         # A cap holds the one, the other has the rest.
         p = self.spillway("--config", self.path, "group", "set", "b", "io.riops=10")

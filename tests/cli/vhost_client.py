@@ -31,6 +31,9 @@ class VhostBlk:
         self.memory_fd = os.memfd_create("vhost-client")
         os.ftruncate(self.memory_fd, SIZE)
         self.memory = mmap.mmap(self.memory_fd, SIZE)
+        # The rings' indices, which the daemon reads at any moment: each is one 16-bit store. struct.pack_into is not: it
+        # clears the bytes before it writes them, and an index seen as 0 in between is one no driver could have written.
+        self.words = memoryview(self.memory).cast("H")
         self.kick, self.call = os.eventfd(0), os.eventfd(0, os.EFD_NONBLOCK)
         self.last_used = self.next_avail = 0
         features = self._get(GET_FEATURES) & (VERSION_1 | FLUSH | PROTOCOL_FEATURES)
@@ -51,6 +54,7 @@ class VhostBlk:
         self.socket.close()
         for fd in (self.memory_fd, self.kick, self.call):
             os.close(fd)
+        self.words.release()
         self.memory.close()
 
     def submit(self, slot, kind, sector=0, length=0):
@@ -65,16 +69,17 @@ class VhostBlk:
             last = i == len(pieces) - 1
             struct.pack_into("<QIHH", self.memory, (slot * 3 + i) * 16, address, size, flags | (0 if last else NEXT),
                              0 if last else slot * 3 + i + 1)
-        struct.pack_into("<H", self.memory, 0x2004 + self.next_avail % 256 * 2, slot * 3)
+        self.words[(0x2004 + self.next_avail % 256 * 2) // 2] = slot * 3
         self.next_avail = (self.next_avail + 1) % 65536
-        struct.pack_into("<H", self.memory, 0x2002, self.next_avail)
+        self.words[0x2002 // 2] = self.next_avail
         os.eventfd_write(self.kick, 1)
 
     def wait(self):
-        """The slots that have completed since; raises when a status is not OK or nothing completes for 30 s."""
+        """The slots that have completed since; raises when a status is not OK, the daemon has ended the connection, or
+        nothing completes for 30 s."""
         while True:
             done = []
-            used = struct.unpack_from("<H", self.memory, 0x3002)[0]
+            used = self.words[0x3002 // 2]
             while self.last_used != used:
                 slot = struct.unpack_from("<I", self.memory, 0x3004 + self.last_used % 256 * 8)[0] // 3
                 self.last_used = (self.last_used + 1) % 65536
@@ -83,9 +88,17 @@ class VhostBlk:
                 done.append(slot)
             if done:
                 return done
-            if not select.select([self.call], [], [], 30)[0]:
-                raise TimeoutError("no completion")
+            ready = self._ready()
+            if self.socket in ready:
+                raise ConnectionError("the daemon ended the connection")
             os.eventfd_read(self.call)
+
+    def _ready(self):
+        for _ in range(3):  # a machine that stood still for a while makes one of them pass
+            ready = select.select([self.call, self.socket], [], [], 10)[0]
+            if ready:
+                return ready
+        raise TimeoutError("no completion")
 
     def _send(self, request, payload, fds=(), flags=1):
         message = struct.pack("<III", request, flags, len(payload)) + payload
