@@ -193,6 +193,8 @@ void run_case(Rig& rig, const Case& c) {
         s.attainable.push_back(use(fitting[w]) / use(raw[w]));
         s.cpu_fitting.push_back(with[w].cpu_ns - fitting[w].cpu_ns);
         run["attainable"] = s.attainable.back();
+        run["fitting_weak_p99_us"] = fitting[w].weak.p99_us, run["fitting_strong_p99_us"] = fitting[w].strong.p99_us;
+        run["fitting_cpu_ns"] = fitting[w].cpu_ns;
       }
       rig.report.run(c.name + " 100:" + std::to_string(strong_weight[w]), run);
     }

@@ -40,6 +40,8 @@ Result<std::string> text_arg(const json& args, const char* key) {
   return args[key].get<std::string>();
 }
 
+constexpr const char* kGroupEntries = "group/";  // in the holder: what "group set" was given since the daemon began
+
 // Sizes and numbers arrive as typed (key=value): "64M", "300", or as JSON numbers.
 Result<uint64_t> size_arg(const json& value, const char* key) {
   if (value.is_number_unsigned()) return value.get<uint64_t>();
@@ -134,6 +136,7 @@ Task<Status> Host::build() {
   registry_ = std::make_unique<reclaim::Registry>(registry);
   qos_ = std::make_shared<QosDomain>();
   SPILLWAY_CO_CHECK(make_groups());
+  SPILLWAY_CO_CHECK(restore_groups());
   if (auto e = registry_->start_background(); e != reclaim::Errc::kOk)
     co_return fail(ErrorKind::kNoMemory, fmt::format("reclaim threads: {}", reclaim::to_string(e)));
   blocking_ = std::make_unique<BlockingPool>(4);
@@ -460,6 +463,12 @@ Result<json> Host::shrinker_command(const std::string& verb, const json& args) {
 }
 
 Result<json> Host::group_set(const json& args) {
+  SPILLWAY_CHECK(set_group(args, true));
+  cache_->refresh_entitlements();
+  return groups_json();
+}
+
+Status Host::set_group(const json& args, bool keep) {
   SPILLWAY_TRY(std::string name, text_arg(args, "name"));
   auto it = groups_.find(name);
   if (it == groups_.end()) return fail(ErrorKind::kNotFound, fmt::format("there is no group \"{}\"", name));
@@ -477,16 +486,40 @@ Result<json> Host::group_set(const json& args) {
     else if (key == "memory.low") limits.low = v;
     else if (key == "memory.high") limits.high = v;
     else if (key == "memory.max") limits.max = v;
-    else if (key == "io.rbps") qos.caps.rbps = v;
-    else if (key == "io.wbps") qos.caps.wbps = v;
-    else if (key == "io.riops") qos.caps.riops = v;
-    else if (key == "io.wiops") qos.caps.wiops = v;
+    else if (key == "io.rbps") qos.caps.rbps = v == UINT64_MAX ? 0 : v;  // "max": none
+    else if (key == "io.wbps") qos.caps.wbps = v == UINT64_MAX ? 0 : v;
+    else if (key == "io.riops") qos.caps.riops = v == UINT64_MAX ? 0 : v;
+    else if (key == "io.wiops") qos.caps.wiops = v == UINT64_MAX ? 0 : v;
     else return fail(ErrorKind::kInvalid, fmt::format("{}: unknown key of a group", key));
+  }
+  if (keep && options_.store != nullptr) {
+    const std::string entry = std::string(kGroupEntries) + name;
+    json all = args;
+    if (auto kept = options_.store->get(entry)) {
+      all = json::parse(kept->blob, nullptr, false);
+      if (!all.is_object()) all = json::object();
+      all.update(args);
+    }
+    SPILLWAY_CHECK(options_.store->put(entry, {}, all.dump()));
   }
   SPILLWAY_CHECK(qos_->set(static_cast<GroupId>(it->second->id()), qos));
   it->second->set_limits(limits);
-  cache_->refresh_entitlements();
-  return groups_json();
+  return {};
+}
+
+Status Host::restore_groups() {
+  if (options_.store == nullptr) return {};
+  SPILLWAY_TRY(auto entries, options_.store->list(kGroupEntries));
+  for (auto& entry : entries) {
+    SPILLWAY_TRY(auto kept, options_.store->get(entry));
+    const json args = json::parse(kept.blob, nullptr, false);
+    Status set = args.is_object() ? set_group(args, false) : fail(ErrorKind::kInvalid, "not an object");
+    if (set) continue;
+    // The config has changed: that group is no more.
+    log(LogLevel::kWarn, "host", "{}: what was set live is dropped: {}", entry, set.error().message());
+    SPILLWAY_CHECK(options_.store->remove(entry));
+  }
+  return {};
 }
 
 // A disk joins a volume. Nothing that is in use elsewhere does, and nothing that holds something without "force".

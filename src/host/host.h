@@ -63,6 +63,10 @@ class Host {
   Result<nlohmann::json> shrinker_command(const std::string& verb, const nlohmann::json& args);
   Task<Result<nlohmann::json>> volume_join(const std::string& verb, Volume& volume, const nlohmann::json& args);
   Result<nlohmann::json> group_set(const nlohmann::json& args);
+  // `keep`: the holder is told too, so that it holds for the next worker. A mistake changes nothing.
+  Status set_group(const nlohmann::json& args, bool keep);
+  // What was set live in a former worker's time.
+  Status restore_groups();
 
   const Config config_;
   Options options_;

@@ -24,9 +24,15 @@ uint32_t DepthControl::depth() const {
 
 void DepthControl::window(double rate, bool saturated, double fits, double missed) {
   if (fits >= knee_ / 3.0) {
-    missed_ += kMissedGain * (std::clamp(missed, -0.5, 0.5) - missed_);
-    if (missed_ > kMissedMost) part_ = std::max(kPartLeast, part_ - std::min(kPartDown, 0.2 * missed_));
-    else if (missed_ < kMissedLeast) part_ = std::min(kPartMost, part_ + kPartUp);
+    // Only while both had work all the time, under a depth that was made for them: what is missed when a load begins or
+    // pauses, or weights change, depth cannot give back.
+    const bool same = std::abs(fits - fitted_) < kSameFits * fits;
+    fitted_ = fits;
+    if (saturated && same) {
+      missed_ += kMissedGain * (std::clamp(missed, -0.5, 0.5) - missed_);
+      if (missed_ > kMissedMost) part_ = std::max(kPartLeast, part_ - std::min(kPartDown, 0.2 * missed_));
+      else if (missed_ < kMissedLeast) part_ = std::min(kPartMost, part_ + kPartUp);
+    }
     fits_ = std::clamp(static_cast<uint32_t>(fits * part_), least_, most_);
   } else {
     fits_ = most_;

@@ -39,7 +39,8 @@ class DepthControl {
   static constexpr double kGainUp = 0.012, kLossDown = 0.006;
   static constexpr uint32_t kMinQuads = 12, kMaxQuads = 40, kMaxRest = 1024;
   static constexpr double kSure = 3;  // it is asked after every quad: two would be wrong once in a minute of noise
-  static constexpr double kMissedMost = 0.012, kMissedLeast = 0.006, kMissedGain = 0.05;
+  static constexpr double kMissedMost = 0.02, kMissedLeast = 0.012, kMissedGain = 0.05;
+  static constexpr double kSameFits = 0.1;
   static constexpr double kPartMost = 0.98, kPartLeast = 0.6, kPartUp = 0.0025, kPartDown = 0.02;
   uint32_t candidate() const;
   void decide();
@@ -49,6 +50,7 @@ class DepthControl {
   uint32_t fits_;              // limit for the sake of shares; most_ when there is none
   double part_ = 0.95;         // of q / f
   double missed_ = 0;          // average
+  double fitted_ = 0;          // q / f in the last window
   bool up_ = true;
   uint32_t refused_ = 0;       // in a row
   uint32_t rest_ = 0, next_rest_ = 64;

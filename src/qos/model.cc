@@ -95,14 +95,36 @@ bool CostTable::learn(const double (&predicted)[kIoKinds][kSizeClasses], double 
       if (predicted[k][c] > most) most = predicted[k][c], kind = k, cls = c;
     }
   if (all <= 0 || most < kPure * all || kind >= kTransferKinds || cls >= classes) return false;
-  // All by elapsed, not the other way round: so that the average is that of throughput, not of its inverse.
-  const double error = std::clamp(1 - all / elapsed_ns, -0.75, 0.75);
-  const double gain = std::max(kGainLast, std::min(kGainFirst, 4.0 / ++lessons_[kind][cls]));
-  auto& x = correction_[kind][cls];
-  x.store(std::clamp(x.load(std::memory_order_relaxed) * (1 + gain * error), kLeast, kMost),
-          std::memory_order_relaxed);
-  publish(kind, cls);
+  const uint32_t lesson = ++lessons_[kind][cls];
+  double by = elapsed_ns / all;
+  if (lesson > kRough || (by > 0.5 && by < 2)) {
+    // All by elapsed, not the other way round: so that the average is that of throughput, not of its inverse.
+    const double error = std::clamp(1 - all / elapsed_ns, -0.75, 0.75);
+    by = 1 + std::max(kGainLast, std::min(kGainFirst, 4.0 / lesson)) * error;
+  }
+  correct(kind, cls, correction_[kind][cls].load(std::memory_order_relaxed) * by);
+  follow();
   return true;
+}
+
+void CostTable::correct(size_t kind, size_t cls, double x) {
+  correction_[kind][cls].store(std::clamp(x, kLeast, kMost), std::memory_order_relaxed);
+  publish(kind, cls);
+}
+
+// What nothing was learned of yet goes with what was: a guess is off by orders of magnitude more often than its ratios are.
+// Without that a tenant whose kind was the first to be learned on a slow disk would pay 64 times what the others do.
+void CostTable::follow() {
+  if (model_.calibrated) return;  // those ratios were measured
+  double sum = 0;
+  int n = 0;
+  for (size_t k = 0; k < kTransferKinds; ++k)
+    for (size_t c = 0; c < kSizeClasses; ++c)
+      if (lessons_[k][c] != 0) sum += std::log(correction_[k][c].load(std::memory_order_relaxed)), ++n;
+  const double mean = std::exp(sum / n);
+  for (size_t k = 0; k < kIoKinds; ++k)
+    for (size_t c = 0; c < kSizeClasses; ++c)
+      if (lessons_[k][c] == 0 && k != static_cast<size_t>(IoKind::kFlush)) correct(k, c, mean);
 }
 
 void CostTable::learn_slow(IoKind kind, double ns) {
@@ -110,10 +132,10 @@ void CostTable::learn_slow(IoKind kind, double ns) {
   const double base = kind == IoKind::kFlush ? model_.flush_ns : model_.other_ns;
   if (base <= 0 || ns <= 0) return;
   const double now = correction(kind, 0);
-  const double x = std::clamp(now + kGainSlow * (ns / base - now), kLeast, kMost);
+  const double gain = std::max(kGainSlow, 1.0 / ++lessons_[k][0]);
   for (size_t c = 0; c < kSizeClasses; ++c) {
-    correction_[k][c].store(x, std::memory_order_relaxed);
-    publish(k, c);
+    lessons_[k][c] = lessons_[k][0];
+    correct(k, c, now + gain * (ns / base - now));
   }
 }
 

@@ -75,11 +75,14 @@ class CostTable {
   QosModel current() const;  // any thread: the corrections at 4 and 128 KiB folded in
 
  private:
-  static constexpr double kPure = 0.97, kLeast = 1.0 / 64, kMost = 64;
+  static constexpr double kPure = 0.97, kLeast = 1.0 / 4096, kMost = 4096;
   // Of the error. The first lessons count much, later ones average over some seconds of load: throughput alone is noisy,
   // and a share is no more exact than the costs are.
   static constexpr double kGainFirst = 0.2, kGainLast = 0.025, kGainSlow = 0.1;
+  static constexpr uint32_t kRough = 4;  // as many lessons may correct a guess that is off by a factor of two or more at once
   void publish(size_t kind, size_t cls);
+  void correct(size_t kind, size_t cls, double x);
+  void follow();
 
   QosModel model_;
   uint32_t lessons_[kIoKinds][kSizeClasses] = {};

@@ -14,6 +14,7 @@
 #include "src/io/reactor.h"
 #include "src/io/sync.h"
 #include "src/qos/depth.h"
+#include "src/qos/gate.h"
 
 namespace spillway {
 namespace {
@@ -25,6 +26,7 @@ constexpr uint64_t kWindowCompletions = 64;
 constexpr double kDeepPart = 0.45, kDeepEnough = 24;
 constexpr double kIdleAllowed = 0.03;            // of a window, and it still counts as saturated
 constexpr uint32_t kArbiterRounds = 64;          // looks for others' work before the holder goes on with its own
+constexpr uint64_t kCapLookNs = 100'000'000;     // while a cap delays someone: how soon a change of caps is seen
 constexpr uint32_t kOwnWeight = 100;             // a group's own requests beside its read-ahead and its children
 
 // A group's place in arrays: background work first, then for each group its own part and its read-ahead.
@@ -94,26 +96,26 @@ struct CellChunk {
   }
 };
 
-// Runs the arbiter once at the end of a reactor's round, when the completions of the round have all been seen and their
-// clients have had the occasion to bring the next request: slots given out before would go to others, because the queue
-// of a group that needs most of its requests in flight is empty just then. Nothing is lost by waiting: what is handed out
-// goes to the kernel at the end of the round in any case. The reactor's own.
+// At the end of a reactor's round, when its completions have all been seen and their clients have had the occasion to bring
+// the next request, what changed is published and slots are given out. Given out before, they would go to others, because
+// the queue of a group that needs most of its requests in flight is empty just then. Nothing is lost by waiting: what is
+// handed out goes to the kernel at the end of the round in any case. The reactor's own.
 class RoundEnd final : public Poller {
  public:
-  bool pending() const { return self_ != nullptr; }
-  void arm(std::shared_ptr<Qos> self, Reactor& reactor) {
-    self_ = std::move(self);
-    reactor.add_poller(this);
-  }
+  // Keeps the scheduler until nothing of the reactor's is outstanding at an end of a round.
+  void arm(Qos& qos, Reactor& reactor);
   bool poll() override;
-  bool prepare_sleep() override { return true; }  // polled in the round it was armed in: never there at a sleep
+  bool prepare_sleep() override { return true; }  // polled in the round it was armed in, or the next: never sleeps armed
 
  private:
-  std::shared_ptr<Qos> self_;  // until then the scheduler lives
+  bool armed_ = false;
+  std::shared_ptr<Qos> keep_;
 };
 
 struct alignas(64) PerReactor {
   RoundEnd round_end;
+  Gate<>::Local gate;
+  uint64_t outstanding = 0;  // in gated()
   std::array<std::atomic<CellChunk*>, kSlots / kCellChunk + 1> chunks{};
   // Completed since ever, for the windows:
   Counter cost_ns[kIoKinds][kSizeClasses] = {};
@@ -173,8 +175,6 @@ uint64_t clock_now_ns() {
   return static_cast<uint64_t>(ts.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(ts.tv_nsec);
 }
 
-thread_local bool t_resuming = false;
-
 class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
  public:
   Qos(VolumePtr leaf, QosOptions options, std::shared_ptr<QosDomain> domain)
@@ -225,23 +225,23 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
 
  private:
   // A request that waits; in its coroutine's frame.
-  struct Queued : Waiter, SfqItem {
+  struct Queued : Waiter, SfqItem, GateNode {
     Queued(Qos& q, const Meta& m, uint64_t arrived) : qos(q), meta(m), begun(arrived) {}
     bool await_ready() const noexcept { return false; }
-    bool await_suspend(std::coroutine_handle<> h) {
+    void await_suspend(std::coroutine_handle<> h) {
       handle = h;
       reactor = &Reactor::current();
       cost = meta.cost;
       bytes = meta.bytes;
       is_write = meta.is_write;
       home = reactor->index();
-      return !qos.enqueue(this);  // may be gone by the time enqueue returns, unless it says true
+      qos.gate_.queue(meta.totals->gate, this);
+      meta.totals->round_end.arm(qos, *reactor);
     }
     void await_resume() const noexcept {}
     Qos& qos;
     const Meta& meta;
     uint64_t begun;  // arrival, then when its turn came
-    Queued* next_inbox = nullptr;
   };
 
   // ---- the way of a request ----------------------------------------------------------------------------------------
@@ -308,7 +308,8 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     const uint64_t arrived = reactor.now_ns();
     uint64_t begun = arrived;
     bump(m.cell->started);
-    if (m.cell->capped || !take_slot(m.units)) {
+    ++m.totals->outstanding;
+    if (m.cell->capped || !gate_.take(m.totals->gate, m.units, depth_.load(std::memory_order_relaxed))) {
       bump(m.cell->queued);
       Queued queued(*this, m, arrived);
       co_await queued;
@@ -318,39 +319,10 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     const uint64_t now = reactor.now_ns();
     if (m.kind >= IoKind::kFlush) count_slow(m, now - begun);
     count(m, begun - arrived, now - begun);
-    release_slot(reactor, now, *m.totals, m.units);
+    --m.totals->outstanding;
+    gate_.give_back(m.totals->gate, m.units);
+    m.totals->round_end.arm(*this, reactor);
     co_return status;
-  }
-
-  static constexpr uint64_t kWaiting = uint64_t{1} << 32;
-  static uint64_t in_flight(uint64_t slots) { return slots & (kWaiting - 1); }
-  static uint64_t waiting(uint64_t slots) { return slots >> 32; }
-
-  bool take_slot(uint32_t units) {
-    uint64_t s = slots_.load(std::memory_order_relaxed);
-    const uint32_t depth = depth_.load(std::memory_order_relaxed);
-    while (s < depth)  // so waiting == 0 as well
-      if (slots_.compare_exchange_weak(s, s + units, std::memory_order_seq_cst, std::memory_order_relaxed)) return true;
-    return false;
-  }
-  void release_slot(Reactor& reactor, uint64_t now, PerReactor& totals, uint32_t units) {
-    // seq_cst: orders with the addition to waiting in enqueue; one of the two sees the other (see the header).
-    const uint64_t before = slots_.fetch_sub(units, std::memory_order_seq_cst);
-    // A window must end also while all fits into the device: it may fit too well for shares (depth.h).
-    if (waiting(before) > 0 || (now >= window_end_.load(std::memory_order_relaxed) && before > units))
-      if (!totals.round_end.pending()) totals.round_end.arm(shared_from_this(), reactor);
-  }
-  // True when `q` may go on at once.
-  bool enqueue(Queued* q) {
-    Reactor& reactor = *q->reactor;
-    const uint64_t now = q->begun;  // once in the inbox it is the arbiter's
-    PerReactor& here = *q->meta.totals;
-    slots_.fetch_add(kWaiting, std::memory_order_seq_cst);
-    Queued* head = inbox_.load(std::memory_order_relaxed);
-    do q->next_inbox = head;
-    while (!inbox_.compare_exchange_weak(head, q, std::memory_order_release, std::memory_order_relaxed));
-    if (here.round_end.pending()) return false;  // it will be looked at with the rest of this round
-    return arbitrate(reactor, now, q);
   }
 
   void count(const Meta& m, uint64_t queue_ns, uint64_t device_ns) {
@@ -368,7 +340,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   }
   void count_slow(const Meta& m, uint64_t device_ns) {
     const int i = m.kind == IoKind::kFlush ? 0 : 1;
-    const uint64_t sharing = std::max<uint64_t>(1, in_flight(slots_.load(std::memory_order_relaxed)));
+    const uint64_t sharing = std::max<uint64_t>(1, gate_.in_device(gate_.slots()));
     bump(m.totals->slow_ns[i], device_ns / sharing);
     bump(m.totals->slow_count[i]);
   }
@@ -376,86 +348,68 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   // ---- the arbiter -------------------------------------------------------------------------------------------------
 
   friend class RoundEnd;
-  // Runs it, or leaves the work to whoever is inside. True when `self` was among those whose turn it is (then it is
-  // not resumed).
-  bool arbitrate(Reactor& reactor, uint64_t now, Queued* self) {
-    // acq_rel: takes over what the last holder left, and publishes the inbox entry to a holder that is inside.
-    if (arbiter_.fetch_add(1, std::memory_order_acq_rel) != 0) return false;
-    uint64_t seen = 1;
-    Queued* mine = nullptr;
-    Queued** mine_end = &mine;
-    for (uint32_t round = 0;; ++round) {
-      take_inbox(now);
-      hand_out(reactor, now, &mine_end);
-      if (now >= window_end_.load(std::memory_order_relaxed)) roll_window(now);
-      if (arbiter_.compare_exchange_strong(seen, 0, std::memory_order_acq_rel, std::memory_order_acquire)) break;
-      if (round == kArbiterRounds) {
-        // Others keep bringing work: go on with our own, and come back for theirs.
-        reactor.post([self_ref = shared_from_this(), &reactor] { self_ref->resume_arbiter(reactor); });
-        break;
-      }
-    }
-    return resume_all(reactor, mine, self);
+
+  void end_of_round(Reactor& reactor, PerReactor& here) {
+    const bool run = gate_.end_of_round(here.gate);
+    const uint64_t now = reactor.now_ns();
+    // A window must end also while all fits into the device: it may fit too well for shares (depth.h).
+    if (run || (now >= window_end_.load(std::memory_order_relaxed) && Gate<>::in_device(gate_.slots()) != 0))
+      arbitrate(reactor, now);
   }
-  // With the arbiter held (arbiter_ was never put back to 0).
-  void resume_arbiter(Reactor& reactor) {
-    arbiter_.store(0, std::memory_order_release);
-    arbitrate(reactor, reactor.now_ns(), nullptr);
+  // Runs the arbiter, or leaves the work to whoever is inside.
+  void arbitrate(Reactor& reactor, uint64_t now) {
+    GateList mine;
+    went(gate_.run(kArbiterRounds, [&] { look(reactor, now, &mine); }), reactor, mine);
+  }
+  void go_on(Reactor& reactor) {
+    GateList mine;
+    const uint64_t now = reactor.now_ns();
+    went(gate_.go_on(kArbiterRounds, [&] { look(reactor, now, &mine); }), reactor, mine);
+  }
+  void went(Gate<>::Ran ran, Reactor& reactor, GateList& mine) {
+    // Others keep bringing work: on with our own, then back to theirs.
+    if (ran == Gate<>::Ran::kHeld) reactor.post([self = shared_from_this(), &reactor] { self->go_on(reactor); });
+    while (GateNode* n = mine.pop()) static_cast<Queued*>(n)->handle.resume();
   }
 
-  static bool resume_all(Reactor& reactor, Queued* list, Queued* self) {
-    bool has_self = false;
-    const bool nested = std::exchange(t_resuming, true);
-    while (list != nullptr) {
-      Queued* q = std::exchange(list, list->next_inbox);
-      if (q == self) has_self = true;
-      else if (nested) reactor.schedule(q->handle);  // not deeper: a leaf that never suspends would use up the stack
-      else q->handle.resume();
+  // The arbiter's work.
+  void look(Reactor& reactor, uint64_t now, GateList* mine) {
+    if (domain_->generation() != generation_) [[unlikely]] refresh(now);
+    for (GateNode* n = gate_.take_list(); n != nullptr;) {
+      auto* q = static_cast<Queued*>(std::exchange(n, n->next_node));
+      tree_.push(leaf_node(q->meta.cell->slot), q, now);
     }
-    t_resuming = nested;
-    return has_self;
+    hand_out(reactor, now, mine);
+    if (now >= window_end_.load(std::memory_order_relaxed)) roll_window(now);
   }
 
-  void take_inbox(uint64_t now) {
-    Queued* list = inbox_.exchange(nullptr, std::memory_order_acquire);
-    if (list == nullptr) return;
-    if (const uint64_t g = domain_->generation(); g != generation_) [[unlikely]] refresh(now);
-    Queued* ordered = nullptr;
-    while (list != nullptr) {
-      Queued* q = std::exchange(list, list->next_inbox);
-      q->next_inbox = ordered;
-      ordered = q;
-    }
-    for (; ordered != nullptr; ordered = ordered->next_inbox) tree_.push(leaf_node(ordered->meta.cell->slot), ordered, now);
-  }
-
-  void hand_out(Reactor& reactor, uint64_t now, Queued*** mine_end) {
+  void hand_out(Reactor& reactor, uint64_t now, GateList* mine) {
+    const uint32_t depth = depth_.load(std::memory_order_relaxed);
+    const uint64_t taken = gate_.taken();
+    uint64_t requests = 0, units = 0;
+    GateList others;
     bool full = true;
-    for (;;) {
-      const uint64_t s = slots_.load(std::memory_order_seq_cst);
-      if (in_flight(s) >= depth_.load(std::memory_order_relaxed)) break;
+    while (taken + units < depth) {
       SfqItem* item = tree_.pop(now, nullptr, reactor.index());
       if (item == nullptr) {
         full = false;
         break;
       }
       auto* q = static_cast<Queued*>(item);
-      slots_.fetch_add(q->meta.units - kWaiting, std::memory_order_seq_cst);
       q->begun = now;
-      if (q->reactor == &reactor) {
-        q->next_inbox = nullptr;
-        **mine_end = q;
-        *mine_end = &q->next_inbox;
-      } else {
-        q->wake();
-      }
+      ++requests, units += q->meta.units;
+      (q->reactor == &reactor ? *mine : others).push(q);
     }
+    gate_.hand_over(requests, units);
+    while (GateNode* n = others.pop()) static_cast<Queued*>(n)->wake();
     // Not full: what is queued, if anything, is capped.
     if (full && unsaturated_since_ != 0) unsaturated_ns_ += now - std::exchange(unsaturated_since_, 0);
     if (!full && unsaturated_since_ == 0) unsaturated_since_ = std::max<uint64_t>(1, now);
     if (const uint64_t at = tree_.next_ready(); at < armed_.load(std::memory_order_relaxed)) [[unlikely]] {
-      armed_.store(at, std::memory_order_relaxed);
-      reactor.spawn(cap_timer(shared_from_this(), at));
+      // A cap may be lifted meanwhile, and the next request may be far.
+      const uint64_t until = std::min(at, now + kCapLookNs);
+      armed_.store(until, std::memory_order_relaxed);
+      reactor.spawn(cap_timer(shared_from_this(), until));
     }
   }
 
@@ -463,7 +417,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     Reactor& reactor = Reactor::current();
     co_await reactor.sleep_until(at);
     self->armed_.store(SfqTree::kNever, std::memory_order_relaxed);
-    self->arbitrate(reactor, std::max(at, reactor.now_ns()), nullptr);
+    self->arbitrate(reactor, std::max(at, reactor.now_ns()));
   }
 
   void roll_window(uint64_t now);
@@ -480,7 +434,7 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
     double in_flight = 0;  // the least q / f of the groups that were active (depth.h); 0 when there is none
     double missed = 0;     // by what part that group's ratio to the others fell short
   };
-  Fits in_flight_that_fits(const std::vector<Active>& active);
+  Fits in_flight_that_fits(std::vector<Active> active);
   void refresh(uint64_t now);
   SfqTree::Node* group_node(GroupId id);
   SfqTree::Node* leaf_node(uint32_t slot);
@@ -505,16 +459,15 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   std::array<std::atomic<ReactorChunk*>, kReactorChunks> reactors_{};
   CostTable costs_;
 
-  alignas(64) std::atomic<uint64_t> slots_{0};  // in flight | waiting << 32
-  std::atomic<uint32_t> depth_{0};
+  // Read with every request, written with every window: not where the gate is.
+  alignas(64) std::atomic<uint32_t> depth_{0};
   std::atomic<uint32_t> lone_{kNobody};         // who has the disk to itself; a hint, set anew with each window
   std::atomic<uint64_t> window_end_{0};         // written by the arbiter; a hint elsewhere
-  alignas(64) std::atomic<Queued*> inbox_{nullptr};
-  std::atomic<uint64_t> arbiter_{0};
-  std::atomic<uint64_t> armed_{SfqTree::kNever};  // when the cap timer fires; a hint, a spare timer is harmless
+  alignas(64) Gate<> gate_;
 
   // The arbiter's:
   alignas(64) SfqTree tree_;
+  std::atomic<uint64_t> armed_{SfqTree::kNever};  // when the cap timer fires; a hint, a spare timer is harmless
   DepthControl control_;
   uint64_t generation_ = 0;
   std::shared_ptr<const QosGroups> groups_;
@@ -536,11 +489,22 @@ class Qos final : public QosVolume, public std::enable_shared_from_this<Qos> {
   std::atomic<uint32_t> knee_{0};
 };
 
+void RoundEnd::arm(Qos& qos, Reactor& reactor) {
+  if (armed_) return;
+  armed_ = true;
+  if (keep_ == nullptr) keep_ = qos.shared_from_this();
+  reactor.add_poller(this);
+}
+
 bool RoundEnd::poll() {
-  const std::shared_ptr<Qos> self = std::exchange(self_, nullptr);
   Reactor& reactor = Reactor::current();
+  Qos& qos = *keep_;
+  PerReactor& here = qos.per_reactor(reactor.index());
+  armed_ = false;
   reactor.remove_poller(this);
-  self->arbitrate(reactor, reactor.now_ns(), nullptr);
+  qos.end_of_round(reactor, here);
+  // The last thing: this may end the scheduler, and us with it.
+  if (!armed_ && here.outstanding == 0) std::exchange(keep_, nullptr).reset();
   return true;
 }
 
@@ -635,8 +599,10 @@ std::vector<Qos::Active> Qos::active_in_window(uint64_t now) {
   return active;
 }
 
-Qos::Fits Qos::in_flight_that_fits(const std::vector<Active>& active) {
+Qos::Fits Qos::in_flight_that_fits(std::vector<Active> active) {
   Fits least;
+  // What a cap holds back does not want its share.
+  std::erase_if(active, [&](const Active& a) { return SfqTree::was_capped(leaf_node(a.slot)); });
   if (active.size() < 2) return least;
   std::vector<SfqTree::Node*> nodes;
   for (auto& a : active) nodes.push_back(leaf_node(a.slot));
@@ -667,6 +633,12 @@ void Qos::refresh(uint64_t now) {
     }
   }
   std::erase_if(group_nodes_, [&](auto& g) { return !groups_->groups.contains(g.first); });
+  // By way of the root: on the way from one tree to the other two might be below one another.
+  for (auto& [id, node] : group_nodes_) {
+    auto parent = group_nodes_.find(groups_->groups.at(id).parent);
+    const SfqTree::Node* wanted = parent == group_nodes_.end() ? nullptr : parent->second;
+    if (SfqTree::parent(node) != wanted) tree_.move(node, tree_.root(), now);
+  }
   for (auto& [id, node] : group_nodes_) {
     const QosGroup& g = groups_->groups.at(id);
     tree_.set_weight(node, g.weight);
@@ -767,11 +739,11 @@ QosSample Qos::sample() const {
   QosSample s;
   s.disk = name();
   s.at_ns = clock_now_ns();
-  const uint64_t slots = slots_.load(std::memory_order_relaxed);
+  const uint64_t slots = gate_.slots();
   s.depth = depth_.load(std::memory_order_relaxed);
   s.knee = knee_.load(std::memory_order_relaxed);
-  s.in_flight = in_flight(slots);
-  s.waiting = waiting(slots);
+  s.in_flight = Gate<>::in_device(slots);
+  s.waiting = Gate<>::waiting(slots);
   s.model_speed = speed_.load(std::memory_order_relaxed);
   s.model_updates = get(updates_);
   std::map<uint32_t, QosGroupSample> by_slot;

@@ -47,17 +47,28 @@ struct SfqTree::Node {
     SfqItem* head = nullptr;
     SfqItem* tail = nullptr;
   };
-  Fifo fifo[2];                   // leaf: reads, writes
-  uint64_t items = 0;
+  struct Queue {
+    uint32_t home = 0;
+    Fifo fifo[2];                 // reads, writes
+  };
+  std::vector<Queue> queues;      // leaf: one for each home it ever had
+  uint64_t items = 0, arrivals = 0;
   uint64_t stamp = 0;             // shares(): counted in this call
   double active_weight = 0;       // shares(): of the children counted
-  bool parked = false;
+  bool parked = false, was_parked = false;
   uint64_t entry_at = 0;          // its place in parked_, 0 = none
   QosCaps caps;
   Bucket rbps, wbps, riops, wiops;
 
   bool waiting() const { return heap_at != UINT32_MAX; }
   uint64_t step(uint64_t cost) const { return (cost << kShift) / weight; }
+  SfqItem* oldest(bool write) const {
+    SfqItem* first = nullptr;
+    for (auto& q : queues)
+      if (SfqItem* head = q.fifo[write ? 1 : 0].head; head != nullptr && (first == nullptr || head->order < first->order))
+        first = head;
+    return first;
+  }
 };
 
 SfqTree::SfqTree() {
@@ -175,11 +186,12 @@ void SfqTree::deactivate(Node* n, uint64_t now) {
 void SfqTree::push(Node* leaf, SfqItem* item, uint64_t now) {
   SPILLWAY_ASSERT(leaf->children.empty() && leaf->parent != nullptr);
   item->next_item = nullptr;
-  item->passed = 0;
-  item->order = ++arrivals_;
-  auto& fifo = leaf->fifo[item->is_write ? 1 : 0];
-  const bool first = fifo.head == nullptr;
-  (first ? fifo.head : fifo.tail->next_item) = item;
+  item->order = ++leaf->arrivals;
+  auto queue = std::find_if(leaf->queues.begin(), leaf->queues.end(), [&](auto& q) { return q.home == item->home; });
+  if (queue == leaf->queues.end()) queue = leaf->queues.insert(queue, {item->home, {}});
+  auto& fifo = queue->fifo[item->is_write ? 1 : 0];
+  const bool first = leaf->parked && leaf->oldest(item->is_write) == nullptr;
+  (fifo.head == nullptr ? fifo.head : fifo.tail->next_item) = item;
   fifo.tail = item;
   ++leaf->items;
   ++queued_;
@@ -204,7 +216,7 @@ uint64_t SfqTree::capped_until(Node* leaf, const SfqItem& item) const {
 
 SfqItem* SfqTree::eligible(Node* leaf, uint64_t now, uint64_t* until) const {
   *until = kNever;
-  SfqItem* heads[2] = {leaf->fifo[0].head, leaf->fifo[1].head};
+  SfqItem* heads[2] = {leaf->oldest(false), leaf->oldest(true)};
   if (heads[0] == nullptr || (heads[1] != nullptr && heads[1]->order < heads[0]->order)) std::swap(heads[0], heads[1]);
   for (SfqItem* head : heads) {
     if (head == nullptr) continue;
@@ -216,7 +228,7 @@ SfqItem* SfqTree::eligible(Node* leaf, uint64_t now, uint64_t* until) const {
 }
 
 void SfqTree::park(Node* leaf, uint64_t until, uint64_t now) {
-  leaf->parked = true;
+  leaf->parked = leaf->was_parked = true;
   deactivate(leaf, now);
   if (leaf->entry_at != 0 && leaf->entry_at <= until) return;  // that one will look again, and park it again
   leaf->entry_at = until;
@@ -241,27 +253,17 @@ void SfqTree::unpark_due(uint64_t now, bool all) {
 }
 
 SfqItem* SfqTree::take(Node* leaf, bool write, uint32_t home) {
-  auto& fifo = leaf->fifo[write ? 1 : 0];
-  SfqItem* head = fifo.head;
-  SfqItem* before = nullptr;
-  SfqItem* item = head;
-  for (unsigned looked = 0; home != kAnyHome && item->home != home; ++looked) {
-    SfqItem* next = item->next_item;
-    if (looked == kMaxPassed || item->passed >= kMaxPassed || next == nullptr || next->cost != head->cost ||
-        next->bytes != head->bytes) {
-      before = nullptr, item = head;
-      break;
-    }
-    before = item;
-    item = next;
+  const SfqItem* oldest = leaf->oldest(write);
+  Node::Queue* from = nullptr;
+  for (auto& q : leaf->queues) {
+    const SfqItem* head = q.fifo[write ? 1 : 0].head;
+    if (head == nullptr) continue;
+    if (head == oldest && from == nullptr) from = &q;
+    if (q.home == home && head->order - oldest->order <= kMaxPassed) from = &q;
   }
-  if (before == nullptr) {
-    fifo.head = item->next_item;
-  } else {
-    for (SfqItem* i = head; i != item; i = i->next_item) ++i->passed;
-    before->next_item = item->next_item;
-  }
-  if (fifo.tail == item) fifo.tail = before;
+  auto& fifo = from->fifo[write ? 1 : 0];
+  SfqItem* item = fifo.head;
+  fifo.head = item->next_item;
   --leaf->items;
   return item;
 }
@@ -328,6 +330,7 @@ std::vector<double> SfqTree::shares(const std::vector<Node*>& leaves) {
   return all;
 }
 
+bool SfqTree::was_capped(Node* leaf) { return std::exchange(leaf->was_parked, leaf->parked); }
 uint64_t SfqTree::served(const Node* n) { return n->served; }
 uint64_t SfqTree::queued_at(const Node* leaf) { return leaf->items; }
 uint32_t SfqTree::weight(const Node* n) { return n->weight; }

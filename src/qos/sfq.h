@@ -43,11 +43,10 @@ struct QosCaps {
 
 struct SfqItem {
   SfqItem* next_item = nullptr;
-  uint64_t order = 0;  // of arrival
+  uint64_t order = 0;  // of arrival at its leaf
   uint64_t cost = 0;   // ns of device time
   uint64_t bytes = 0;
   uint32_t home = 0;   // which reactor it came from
-  uint8_t passed = 0;  // how often one behind it was taken instead
   bool is_write = false;
 };
 
@@ -71,14 +70,16 @@ class SfqTree {
   void move(Node* n, Node* parent, uint64_t now);
 
   void push(Node* leaf, SfqItem* item, uint64_t now);
-  // The next item by right; null when nothing is queued or all of it is capped until next_ready(). Of equal items at
-  // the head of that group's queue it takes one whose home is `home` (no other CPU to wake), passing each of the
-  // others at most kMaxPassed times: to the group it is the same service.
+  // The next item by right; null when nothing is queued or all of it is capped until next_ready(). Of that group's items it
+  // takes the oldest whose home is `home` (no other CPU to wake) unless an older one has been there for more than
+  // kMaxPassed arrivals: to the group it is the same service. Items of one home keep their order.
   SfqItem* pop(uint64_t now, Node** from = nullptr, uint32_t home = kAnyHome);
   static constexpr uint32_t kAnyHome = UINT32_MAX;
-  static constexpr uint8_t kMaxPassed = 1;
+  static constexpr uint64_t kMaxPassed = 8;
   uint64_t next_ready() const { return parked_.empty() ? kNever : parked_.front().at; }
   uint64_t queued() const { return queued_; }
+  // Whether a cap delayed this leaf since the last call.
+  static bool was_capped(Node* leaf);
 
   // See the file's header. 0, 0 = plain SFQ.
   void set_keep(uint64_t keep_ns, uint64_t credit_cost) { keep_ns_ = keep_ns, credit_ = credit_cost; }
@@ -117,7 +118,7 @@ class SfqTree {
   // Heap, earliest first. An entry may outlive the parking it was made for; then it means nothing.
   std::vector<Parked> parked_;
   uint64_t queued_ = 0;
-  uint64_t sequence_ = 0, arrivals_ = 0;
+  uint64_t sequence_ = 0;
   uint64_t keep_ns_ = 0, credit_ = 0;
   uint64_t stamp_ = 0;
 };

@@ -71,6 +71,8 @@ class Live(ProgramTest):
         self.assertIn(b"d0.img", p.stderr)
 
     def test_the_holder_starts_a_killed_worker_again(self):
+        self.ask("group", "set", "tenant-a", "weight=300")
+        self.ask("group", "set", "tenant-a", "memory.max=16M")
         for n in (1, 2, 3):
             pid = self.ask("status")["pid"]
             os.kill(pid, signal.SIGKILL)
@@ -83,6 +85,8 @@ class Live(ProgramTest):
                 self.assertLess(time.monotonic(), deadline)
                 time.sleep(0.05)
             self.assertEqual(status["restarts"], n)
+            group = next(g for g in self.ask("group", "list") if g["name"] == "tenant-a")
+            self.assertEqual((group["weight"], group["memory.max"]), (300, 16 << 20))  # what was set live is kept
 
     def test_sigterm_ends_in_order(self):
         self.process.send_signal(signal.SIGTERM)
