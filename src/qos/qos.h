@@ -4,13 +4,10 @@
 //   auto disk = make_qos(leaf, {.model = calibrated}, domain);      // stacks like any volume
 //
 // The way of a request:
-//   free     No one waits and fewer than `depth` are in flight: one compare-and-swap takes a slot, the request goes to
-//            the leaf at once. (A leaf that answers without suspending is not even wrapped in a coroutine.)
-//   waiting  Otherwise it is pushed on a lock-free inbox and the *arbiter* is run.
-//   The arbiter is a piece of work, not a thread and not a lock anyone waits for: whoever brings work (a request, a
-//   completion) adds one to `arbiter_`. Who found 0 does the work, all others go on at once, because the one inside looks
-//   again before it leaves. It sorts the inbox into the tree (sfq.h) and hands free slots to the requests whose turn
-//   it is, each resumed on its own reactor.
+//   free     No one waits and fewer than `depth` are in flight: it takes a slot and goes to the leaf at once. (A leaf that
+//            answers without suspending is not even wrapped in a coroutine.)
+//   waiting  Otherwise it waits for the end of its reactor's round (gate.h), when the *arbiter* is run: it sorts what waits
+//            into the tree (sfq.h) and hands free slots to the requests whose turn it is, each resumed on its own reactor.
 //
 // Why not blk-iocost's way, virtual time per group against a shared clock that runs with the wall clock: there, the
 // rate of the clock must be guessed right (vrate), or the disk idles or the weights fade; and shares of groups that
@@ -19,11 +16,9 @@
 // completion, nothing is timed (no timer unless a cap delays someone), and the order is exact over all reactors.
 //
 // What protects what:
-//   slots_    (in flight | waiting << 32) one atomic. Direct submission adds only while waiting is 0, the arbiter only
-//             while it is not; so `in flight`, in small requests, passes `depth` by one large
-//             request at most, but for a change of depth. A completion that sees waiting > 0 runs the arbiter; a submission that adds to waiting runs it as well: whichever comes second in
-//             the modification order sees the other. Nothing sleeps while a slot is free and a request waits.
-//   arbiter_  hands the tree, the depth control and the cost table's writer side from holder to holder (acq_rel).
+//   gate_     who is in flight, who waits, who is inside the arbiter. In flight, in small requests, passes `depth` by one large
+//             request at most, but for a change of depth. It hands the tree, the depth control and the cost table's writer
+//             side from holder to holder.
 //   cells     counters per group and reactor: one writer, its reactor; readers merge (relaxed, statistics).
 //
 // Legal races: a statistic may be half a request old. A weight changed while a request is being queued holds from the
