@@ -550,10 +550,9 @@ TEST_F(CacheTest, Read_overtakenByTheWritebackOfThePage_newestDataIsServed) {
       EXPECT_TRUE(s);
     }(*cache));
     disk->answer_ns = 5'000'000;
-    disk->delay_ns = [k = 0]() mutable { return k++ == 0 ? uint64_t{1'000'000} : uint64_t{0}; };
+    disk->write_ns = 1'000'000;
     EXPECT_EQ(get(other ? gb : ga, 7 * P, P), d) << other;
-    disk->answer_ns = 0;
-    disk->delay_ns = nullptr;
+    disk->answer_ns = disk->write_ns = 0;
     EXPECT_EQ(get(ga, 7 * P, P), d) << other;
     EXPECT_EQ(0, std::memcmp(disk->contents().data() + 7 * P, d.data(), P)) << "written meanwhile";
     close();

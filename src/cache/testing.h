@@ -34,6 +34,7 @@ class TestDisk final : public Volume {
   };
   std::function<uint64_t()> delay_ns;       // per request; null: at once
   uint64_t answer_ns = 0;                   // a read looks at the disk first and answers so much later
+  uint64_t write_ns = 0;                    // a write waits so long before it changes anything
   std::set<uint64_t> bad_read, bad_write;   // pages
   bool bad_flush = false;
 
@@ -84,6 +85,7 @@ class TestDisk final : public Volume {
     const uint64_t n = iov_length(iov);
     note('w', offset, n, ctx);
     co_await wait();
+    if (write_ns != 0) co_await Reactor::current().sleep_for(write_ns);
     std::lock_guard g(mutex_);
     if (hit(bad_write, offset, n)) co_return fail(ErrorKind::kIo, "test-disk: write");
     copy_from_iov(data_.data() + offset, iov, 0, n);
