@@ -2,6 +2,7 @@
 // order. Above those locks: Impl::mutex_ (tables of nodes and tenants), never held while anything blocks or charges.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <compare>
 #include <map>
@@ -52,11 +53,11 @@ struct Tenant {
     Reactor* r = Reactor::current_or_null();
     return counters[r != nullptr && r->index() < kShards ? r->index() : kShards];
   }
-  // A hit's: without a locked instruction where the shard is one reactor's own.
-  void count_hits(uint64_t n) {
-    Counters& c = mine();
-    if (&c != &counters[kShards]) [[likely]] c.hits.store(c.hits.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
-    else c.hits.fetch_add(n, std::memory_order_relaxed);
+  // On the reactor of that index: without a locked instruction where the shard is that reactor's own.
+  void count_hits(uint64_t n, uint32_t reactor) {
+    std::atomic<uint64_t>& h = counters[std::min<uint32_t>(reactor, kShards)].hits;
+    if (reactor < kShards) [[likely]] h.store(h.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
+    else h.fetch_add(n, std::memory_order_relaxed);
   }
   uint64_t pages(int numa_nodes) const {
     uint64_t n = 0;

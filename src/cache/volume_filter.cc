@@ -114,7 +114,8 @@ Task<Status> FilterVolume::do_read(IoContext ctx, uint64_t offset, Iov iov) {
   if (mode_ == CacheMode::kNone || offset + length > cacheable_pages() * kPageSize) [[unlikely]]
     return read_around(ctx, offset, iov);
   Binding& b = bind(ctx.group);
-  ReadAhead& ra = b.ahead[Reactor::current().index() % Binding::kShards];
+  const uint32_t reactor = Reactor::current().index();
+  ReadAhead& ra = b.ahead[reactor % Binding::kShards];
   uint64_t done = 0, pages = 0;
   bool marked = false;
   while (done < length) {
@@ -129,7 +130,7 @@ Task<Status> FilterVolume::do_read(IoContext ctx, uint64_t offset, Iov iov) {
     done += n;
     ++pages;
   }
-  if (pages != 0) b.tenant->count_hits(pages);
+  if (pages != 0) b.tenant->count_hits(pages, reactor);
   if (done == length) {
     if (marked) [[unlikely]] note_read(b, ctx, offset, length, false);
     return Task<Status>::ready();
