@@ -365,8 +365,14 @@ void PowerCut::run(uint64_t seed) {
   // Long enough for the bitmap's daemon and the mark of a clean array, then a little more load over it.
   auto pause = []() -> Task<void> { co_await Reactor::current().sleep_for(16'000'000'000ull); };
   sim.block_on(pause());
-  client.writes.push_back(ClientWrite{3, 5, false, 0, UINT64_MAX});
-  ASSERT_TRUE(sim.block_on(client.write(client.writes.size() - 1)));
+  // Several at once: all of them find the array clean.
+  std::vector<Task<Status>> again;
+  client.writes.reserve(client.writes.size() + 3);
+  for (uint64_t i = 0; i < 3; ++i) {
+    client.writes.push_back(ClientWrite{3 + i * (blocks / 4), 5, false, 0, UINT64_MAX});
+    again.push_back(client.write(client.writes.size() - 1));
+  }
+  ASSERT_TRUE(sim.block_on(all_of(std::move(again))));
   s = sim.block_on(v->close());
   ASSERT_TRUE(s || setup.dies) << s.error().message();
   v.reset();

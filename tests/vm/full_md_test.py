@@ -46,6 +46,7 @@ ARRAYS = [
     Array("grown", (12, 16, 20), ("--layer", "linear", "--grow", "grown2.img"), level="linear"),
     Array("stripe", (12, 20, 16), ("--layer", "stripe", "--chunk", "65536"), level="raid0"),
     Array("stripe1", (12, 12, 12), ("--layer", "stripe", "--chunk", "16384"), level="raid0"),
+    Array("stripe12", (12, 12), ("--layer", "stripe", "--chunk", "12288"), level="raid0"),
     Array("mirror", (12, 12), ("--layer", "mirror"), level="raid1"),
     Array("r5ls", (12, 12, 12), ("--layer", "raid5", "--chunk", "65536"), level="raid5"),
     Array("r5ra", (12, 12, 12), ("--layer", "raid5", "--chunk", "16384", "--layout", "right-asymmetric",

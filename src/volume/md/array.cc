@@ -195,9 +195,14 @@ Task<Status> RedundantArray::begin_write(uint64_t first, uint64_t end) {
   writers_.fetch_add(1);
   written_.fetch_add(1, std::memory_order_relaxed);
   Status s{};
-  if (!active_.load()) s = co_await activate();
-  if (s && bitmap_) s = co_await bitmap_->start_write(first, end);
+  if (!activated_.load()) s = co_await activate();
+  bool counted = false;
+  if (s && bitmap_) {
+    s = co_await bitmap_->start_write(first, end);
+    counted = s.has_value();
+  }
   if (s) s = co_await settle(std::move(s));
+  if (!s && counted) bitmap_->end_write(first, end);
   if (!s) writers_.fetch_sub(1);
   co_return s;
 }
@@ -393,12 +398,13 @@ Task<Status> RedundantArray::superblock_round() {
 Task<Status> RedundantArray::activate() {
   co_await config_.lock();
   Status s{};
-  if (!active_.load()) {
-    active_.store(true);
+  if (!activated_.load()) {
+    const bool was = active_.exchange(true);
     s = co_await write_superblocks();
     // A missing member must not look fresh when it comes back: two events ahead of it.
     if (s && degraded()) s = co_await write_superblocks();
-    if (!s) active_.store(false);
+    if (s) activated_.store(true);
+    else active_.store(was);
   }
   config_.unlock();
   if (s) kick_daemon();
@@ -414,14 +420,15 @@ Task<bool> RedundantArray::try_mark_clean() {
   Status s = co_await flush_members(IoContext{.io_class = IoClass::kMetadata});
   if (!s) co_return false;
   co_await config_.lock();
-  active_.store(false);
+  const bool was = activated_.exchange(false);
   if (writers_.load() != 0 || written_.load() != before) {
-    active_.store(true);
+    activated_.store(was);
     config_.unlock();
     co_return false;
   }
+  active_.store(false);
   s = co_await write_superblocks();
-  if (!s) active_.store(true);
+  if (!s) active_.store(true);  // some may say clean all the same: the next write says it again on all
   config_.unlock();
   co_return s.has_value();
 }
@@ -464,7 +471,8 @@ Task<void> RedundantArray::daemon() {
     uint64_t bits = 0;
     if (bitmap_) {
       auto r = co_await bitmap_->clear_idle(
-          [this]() -> Task<Status> { return flush_members(IoContext{.io_class = IoClass::kMetadata}); }, !degraded(), false);
+          [this]() -> Task<Status> { return flush_members(IoContext{.io_class = IoClass::kMetadata}); },
+          [this] { return !degraded(); }, false);
       if (r) bits = *r;
     }
     const uint64_t now = written_.load();
@@ -785,7 +793,8 @@ Task<Status> RedundantArray::close() {
     if (active_.load()) {
       if (bitmap_) {
         auto r = co_await bitmap_->clear_idle(
-            [this]() -> Task<Status> { return flush_members(IoContext{.io_class = IoClass::kMetadata}); }, !degraded(), true);
+            [this]() -> Task<Status> { return flush_members(IoContext{.io_class = IoClass::kMetadata}); },
+            [this] { return !degraded(); }, true);
         if (!r) s = fail(std::move(r).error());
       }
       if (s && !co_await try_mark_clean())

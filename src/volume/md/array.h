@@ -256,10 +256,11 @@ class RedundantArray : public Volume, public ArrayControl {
   std::atomic<uint64_t> noted_{0}, recorded_{0};
   std::atomic<bool> failed_{false};
 
-  // Dekker pair: a writer adds to writers_ then loads active_ (begin_write); the cleaner clears active_ then loads
+  // Dekker pair: a writer adds to writers_ then loads activated_ (begin_write); the cleaner clears activated_ then loads
   // writers_ (try_mark_clean). Both sequentially consistent.
   std::atomic<uint64_t> writers_{0};
-  std::atomic<bool> active_{false};
+  std::atomic<bool> activated_{false};           // every member's superblock says active; changed under config_
+  std::atomic<bool> active_{false};              // what the next superblocks say; changed under config_
   std::atomic<uint64_t> written_{0};             // write operations so far
   std::atomic<uint64_t> foreground_{0};
 

@@ -15,6 +15,7 @@
 #include "src/volume/memory/memory.h"
 #include "src/volume/sim/sim.h"
 #include "src/volume/slice/slice.h"
+#include "src/volume/md/raid0.h"
 #include "src/volume/md/testing.h"
 
 namespace spillway {
@@ -508,6 +509,28 @@ TEST(Create_stripe_and_linear, carry_superblocks_when_asked) {
     ASSERT_TRUE(again) << again.error().message();
     model.check(sim, **again);
   }
+}
+
+// As Debian 12's kernel said of two members of 10240 sectors with chunks of 12 KiB.
+TEST(Raid0_chunks_no_power_of_two, end_where_the_kernel_ends_the_array) {
+  EXPECT_EQ(md::raid0_size({5 * kMiB, 5 * kMiB}, 12 * kKiB), 10452992u);
+  EXPECT_EQ(md::raid0_size({5 * kMiB, 3 * kMiB + 512}, 64 * kKiB), 8 * kMiB);
+  SimReactor sim;
+  LayerSpec s;
+  s.name = "x";
+  s.layer = "stripe";
+  s.chunk = 12 * kKiB;
+  s.members = {disk("a", 6 * kMiB), disk("b", 6 * kMiB)};
+  auto plan = sim.block_on(create_array(s, {}));
+  ASSERT_TRUE(plan) << plan.error().message();
+  EXPECT_EQ(plan->array_size, 10452992u);
+  auto v = sim.block_on(assemble(s));
+  ASSERT_TRUE(v) << v.error().message();
+  EXPECT_EQ((*v)->size(), 10452992u);
+  Model model((*v)->size(), 512, 5);
+  model.steps(sim, **v, 40);
+  model.check(sim, **v);
+  ASSERT_TRUE(sim.block_on((*v)->close()));
 }
 
 TEST(Advice, names_chunk_width_and_region) {  // V3

@@ -147,12 +147,13 @@ uint64_t Bitmap::bits_set() const {
   return n;
 }
 
-Task<Result<uint64_t>> Bitmap::clear_idle(std::function<Task<Status>()> flush, bool may_clear, bool all_idle) {
+Task<Result<uint64_t>> Bitmap::clear_idle(std::function<Task<Status>()> flush, std::function<bool()> may_clear, bool all_idle) {
   std::vector<uint64_t> candidates;
   {
+    const bool may = may_clear();
     std::lock_guard l(lock_);
     for (uint64_t c = 0; c < chunks_; ++c) {
-      if (may_clear && image_bit(c) && chunk_[c].writes == 0 && !chunk_[c].needs_sync &&
+      if (may && image_bit(c) && chunk_[c].writes == 0 && !chunk_[c].needs_sync &&
           (!chunk_[c].touched || all_idle))
         candidates.push_back(c);
       chunk_[c].touched = false;
@@ -161,6 +162,7 @@ Task<Result<uint64_t>> Bitmap::clear_idle(std::function<Task<Status>()> flush, b
   if (!candidates.empty()) {
     Status s = co_await flush();
     if (!s) co_return fail(std::move(s).error());
+    if (!may_clear()) co_return bits_set();
     uint64_t page0 = UINT64_MAX, page1 = 0;
     {
       std::lock_guard l(lock_);

@@ -56,8 +56,9 @@ class Bitmap {
   bool any_needs_sync() const { return next_needing_sync(0) < component_size_; }
 
   // One round of the daemon: `flush` must make all acknowledged writes stable on all members. `may_clear` false
-  // (degraded): nothing is cleared. Returns how many bits are still set.
-  Task<Result<uint64_t>> clear_idle(std::function<Task<Status>()> flush, bool may_clear, bool all_idle);
+  // (degraded): nothing is cleared; asked again after the flush, which may be what a member failed at. Returns how many
+  // bits are still set.
+  Task<Result<uint64_t>> clear_idle(std::function<Task<Status>()> flush, std::function<bool()> may_clear, bool all_idle);
   // Writes the header with these counters (page 0).
   Task<Status> write_header(uint64_t events, bool degraded);
   Task<Status> write_all();  // every page: a new member's copy

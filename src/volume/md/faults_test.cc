@@ -79,6 +79,39 @@ TEST(Clean_mark, does_not_cover_a_write_that_ended_during_its_flush) {
   rig.close(v);
 }
 
+// The second of two writes that find the array clean must not take the first one's intention for the deed.
+TEST(Active_mark, is_stable_before_any_of_the_writes_that_wait_for_it) {
+  for (const char* consistency : {"resync", "bitmap", "ppl"}) {
+    Rig rig({"raid5", 3, "left-symmetric", consistency, 16 * kKiB});
+    VolumePtr v = rig.open();
+    ASSERT_TRUE(v);
+    SimFault slow;
+    slow.kind = SimFault::Kind::kDelay;
+    slow.ops = SimFault::kWrite;
+    slow.offset = 4096;  // the superblock
+    slow.length = 4096;
+    slow.delay_ns = 100'000'000;
+    for (auto& d : rig.disks) d->inject(slow);
+    const auto data = random_bytes(1, 4096);
+    bool early = false;  // anything in the data areas before the superblocks are written
+    auto probe = [](Rig* r, bool* out) -> Task<Status> {
+      co_await Reactor::current().sleep_for(50'000'000);
+      for (auto& d : r->disks) {
+        auto all = co_await read_bytes(*d, kMiB, d->size() - kMiB);
+        if (!all) co_return fail(std::move(all).error());
+        for (std::byte b : *all) *out |= b != std::byte{0};
+      }
+      co_return Status{};
+    };
+    std::vector<Task<Status>> tasks;
+    for (uint64_t i = 0; i < 4; ++i) tasks.push_back(write_bytes(*v, i * 64 * kKiB, data));
+    tasks.push_back(probe(&rig, &early));
+    ASSERT_TRUE(rig.sim.block_on(all_of(std::move(tasks))));
+    EXPECT_FALSE(early) << consistency;
+    rig.close(v);
+  }
+}
+
 TEST(Spare_with_an_old_event_count, is_still_a_spare) {
   Rig rig(kThree);
   LayerSpec spec = rig.spec();

@@ -606,7 +606,10 @@ Task<Result<CreatePlan>> create(const LayerSpec& spec, std::vector<Candidate> me
     }
   }
   const uint64_t component = align_down(smallest, level == kLevelMirror ? 64 * kKiB : chunk);
-  for (size_t i = 0; i < n; ++i) total += align_down(members[i].volume->size() - kDataOffset, chunk);
+  std::vector<uint64_t> areas;
+  for (size_t i = 0; i < n; ++i) areas.push_back(align_down(members[i].volume->size() - kDataOffset, chunk));
+  for (uint64_t bytes : areas) total += bytes;
+  if (level == kLevelStripe) total = raid0_size(areas, chunk);
   plan.array_size = level == kLevelMirror  ? component
                     : level == kLevelRaid5 ? component * (n - 1)
                                            : total;

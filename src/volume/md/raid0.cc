@@ -47,8 +47,9 @@ Geometry zoned_geometry(const std::vector<VolumePtr>& members, uint64_t chunk) {
 
 class ZonedStripe final : public Volume {
  public:
-  ZonedStripe(std::string name, std::vector<VolumePtr> members, std::vector<Zone> zones, uint64_t chunk, Raid0Layout layout)
-      : Volume(std::move(name), zones.back().end, zoned_geometry(members, chunk)),
+  ZonedStripe(std::string name, uint64_t size, std::vector<VolumePtr> members, std::vector<Zone> zones, uint64_t chunk,
+              Raid0Layout layout)
+      : Volume(std::move(name), size, zoned_geometry(members, chunk)),
         members_(std::move(members)),
         zones_(std::move(zones)),
         chunk_(chunk),
@@ -106,6 +107,13 @@ class ZonedStripe final : public Volume {
 
 }  // namespace
 
+uint64_t raid0_size(const std::vector<uint64_t>& areas, uint64_t chunk) {
+  const uint64_t mask = ~(chunk / kSectorSize - 1);
+  uint64_t sectors = 0;
+  for (uint64_t bytes : areas) sectors += align_down(bytes, chunk) / kSectorSize & mask;
+  return sectors * kSectorSize;
+}
+
 Result<VolumePtr> make_raid0(std::string name, std::vector<VolumePtr> members, uint64_t chunk, Raid0Layout layout) {
   bool equal = true;
   for (const auto& m : members) {
@@ -114,11 +122,15 @@ Result<VolumePtr> make_raid0(std::string name, std::vector<VolumePtr> members, u
                                                    m->name(), m->size(), chunk));
     equal &= m->size() == members[0]->size();
   }
-  if (equal) return make_stripe(std::move(name), std::move(members), chunk);
+  std::vector<uint64_t> areas;
+  for (const auto& m : members) areas.push_back(m->size());
+  const uint64_t size = align_down(raid0_size(areas, chunk), combine_geometry(members).block_size);
+  if (size == 0) return fail(ErrorKind::kInvalid, fmt::format("volume {}: members too small for chunk {}", name, chunk));
+  if (equal) return make_stripe(std::move(name), std::move(members), chunk, size);
   if (!is_aligned(chunk, combine_geometry(members).block_size))
     return fail(ErrorKind::kInvalid, fmt::format("volume {}: chunk {} is no multiple of a member's blocks", name, chunk));
   auto zones = make_zones(members);
-  return std::make_shared<ZonedStripe>(std::move(name), std::move(members), std::move(zones), chunk, layout);
+  return std::make_shared<ZonedStripe>(std::move(name), size, std::move(members), std::move(zones), chunk, layout);
 }
 
 }  // namespace spillway::md

@@ -21,8 +21,8 @@ Geometry stripe_geometry(const std::vector<VolumePtr>& members, uint64_t chunk) 
 
 class Stripe final : public Volume {
  public:
-  Stripe(std::string name, std::vector<VolumePtr> members, uint64_t chunk)
-      : Volume(std::move(name), members[0]->size() * members.size(), stripe_geometry(members, chunk)),
+  Stripe(std::string name, std::vector<VolumePtr> members, uint64_t chunk, uint64_t size)
+      : Volume(std::move(name), size, stripe_geometry(members, chunk)),
         members_(std::move(members)),
         chunk_(chunk),
         shift_(std::has_single_bit(chunk) ? std::countr_zero(chunk) : -1),
@@ -123,7 +123,7 @@ Task<Result<std::vector<Extent>>> Stripe::do_block_status(uint64_t offset, uint6
 
 }  // namespace
 
-Result<VolumePtr> make_stripe(std::string name, std::vector<VolumePtr> members, uint64_t chunk) {
+Result<VolumePtr> make_stripe(std::string name, std::vector<VolumePtr> members, uint64_t chunk, uint64_t size) {
   if (members.empty()) return fail(ErrorKind::kInvalid, fmt::format("volume {}: stripe without members", name));
   if (members.size() > 512) return fail(ErrorKind::kInvalid, fmt::format("volume {}: {} members", name, members.size()));
   const uint32_t block = combine_geometry(members).block_size;
@@ -138,7 +138,10 @@ Result<VolumePtr> make_stripe(std::string name, std::vector<VolumePtr> members, 
       return fail(ErrorKind::kInvalid, fmt::format("volume {}: member {}: size {} differs from member {}'s {}", name,
                                                    m->name(), m->size(), members[0]->name(), members[0]->size()));
   }
-  return std::make_shared<Stripe>(std::move(name), std::move(members), chunk);
+  const uint64_t whole = members[0]->size() * members.size();
+  if (size > whole || !is_aligned(size, block))
+    return fail(ErrorKind::kInvalid, fmt::format("volume {}: size {} of a stripe that holds {}", name, size, whole));
+  return std::make_shared<Stripe>(std::move(name), std::move(members), chunk, size == 0 ? whole : size);
 }
 
 }  // namespace spillway

@@ -10,6 +10,7 @@
 namespace spillway {
 
 // chunk: bytes, a multiple of the members' blocks. Every member's size must be a multiple of it and all the same.
-Result<VolumePtr> make_stripe(std::string name, std::vector<VolumePtr> members, uint64_t chunk);
+// size: bytes of the volume, at most what the members hold, whole blocks; 0: all of it.
+Result<VolumePtr> make_stripe(std::string name, std::vector<VolumePtr> members, uint64_t chunk, uint64_t size = 0);
 
 }  // namespace spillway
