@@ -7,7 +7,7 @@
 // without a log the array refuses to start.
 //
 // Also: sets below a stripe or a linear volume; a member that fails during the load and is there again afterwards, with
-// what it had (it must not be believed); a second cut in the middle of the recovery from the first; and each state read
+// what it had (it must not be believed), and a spare that is being filled under the load; a second cut in the middle of the recovery from the first; and each state read
 // without writing anything, which must show no less.
 #include <fmt/core.h>
 #include <gtest/gtest.h>
@@ -74,10 +74,11 @@ struct Shape {
   int writes;
   bool dies = false;          // one member, half way
   const char* top = nullptr;  // "stripe", "linear": over two such sets
+  bool spare = false;         // takes the place of the one that dies
 };
 void PrintTo(const Shape& s, std::ostream* os) {
   if (s.top != nullptr) *os << s.top << "_";
-  *os << s.layer << s.disks << "_" << s.consistency << (s.dies ? "_dies" : "");
+  *os << s.layer << s.disks << "_" << s.consistency << (s.dies ? "_dies" : "") << (s.spare ? "_rebuilds" : "");
 }
 
 // A write by the client; contents are a function of its number and the block.
@@ -147,7 +148,7 @@ struct Client {
 class PowerCut : public ::testing::TestWithParam<Shape> {
  protected:
   size_t sets() const { return GetParam().top != nullptr ? 2 : 1; }
-  size_t disks() const { return GetParam().disks * sets(); }
+  size_t disks() const { return GetParam().disks * sets() + GetParam().spare; }
   bool raid5() const { return std::string_view(GetParam().layer) == "raid5"; }
   bool logged() const { return std::string_view(GetParam().consistency) == "ppl"; }
   LayerSpec spec(size_t set, const std::vector<VolumePtr>& members) const {
@@ -157,6 +158,7 @@ class PowerCut : public ::testing::TestWithParam<Shape> {
     s.chunk = raid5() ? kChunk : 0;
     s.consistency = GetParam().consistency;
     for (size_t i = 0; i < GetParam().disks; ++i) s.members.push_back(members[set * GetParam().disks + i]);
+    if (GetParam().spare) s.spares.push_back(members.back());
     s.rebuild_rate_min = kGiB;
     return s;
   }
@@ -254,7 +256,7 @@ void PowerCut::check_contents(SimReactor& sim, Volume& v, const Client& client, 
     const auto ok = client.acceptable(b, at, &settled);
     if (!settled && gone < disks() && raid5()) {
       const uint64_t r = b * kBlock / row, d = b * kBlock % row / kChunk;
-      if (sets() > 1 || md::data_disk(md::Raid5Layout::kLeftSymmetric, static_cast<uint32_t>(disks()), r,
+      if (sets() > 1 || md::data_disk(md::Raid5Layout::kLeftSymmetric, static_cast<uint32_t>(GetParam().disks), r,
                                       static_cast<uint32_t>(d)) == gone)
         continue;  // in flight on the member that is gone (nested: on some member)
     }
@@ -315,7 +317,10 @@ void PowerCut::check(SimReactor& sim, const Client& client, uint64_t at, std::ve
   opened->idle(sim);
   ASSERT_NO_FATAL_FAILURE(check_contents(sim, v, client, at, lost, "after recovery"));
   for (auto& set : opened->sets) {
-    if (array_status(*set).state == "degraded") continue;
+    if (array_status(*set).state == "degraded") {
+      ASSERT_FALSE(GetParam().spare) << "cut at " << at << ": the spare was not taken";
+      continue;
+    }
     ASSERT_TRUE(sim.block_on(array_control(*set)->start_scrub(ArrayControl::Scrub::kCheck)));
     sim.block_on(array_control(*set)->wait_idle());
     ASSERT_EQ(array_status(*set).mismatch_blocks, 0u) << "cut at " << at;
@@ -357,7 +362,7 @@ void PowerCut::run(uint64_t seed) {
   Status s = sim.block_on(load(&client, setup.dies ? setup.writes / 2 : setup.writes, &random, blocks, 4));
   ASSERT_TRUE(s) << s.error().message();
   if (setup.dies) {
-    dead = random() % disks();
+    dead = random() % (disks() - setup.spare);
     recorders[dead]->die();
     s = sim.block_on(load(&client, setup.writes, &random, blocks, 4));
     ASSERT_TRUE(s) << s.error().message();
@@ -436,7 +441,10 @@ INSTANTIATE_TEST_SUITE_P(Arrays, PowerCut,
                                            Shape{"mirror", "bitmap", 2, 8, false, "stripe"},
                                            Shape{"raid5", "ppl", 3, 6, false, "stripe"},
                                            Shape{"raid5", "bitmap", 3, 5, false, "linear"},
-                                           Shape{"raid5", "ppl", 3, 6, true, "linear"}),
+                                           Shape{"raid5", "ppl", 3, 6, true, "linear"},
+                                           Shape{"raid5", "ppl", 3, 8, true, nullptr, true},
+                                           Shape{"raid5", "bitmap", 3, 8, true, nullptr, true},
+                                           Shape{"mirror", "bitmap", 2, 8, true, nullptr, true}),
                          [](const auto& test) {
                            std::ostringstream os;
                            PrintTo(test.param, &os);

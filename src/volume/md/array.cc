@@ -1,6 +1,7 @@
 #include "src/volume/md/array.h"
 
 #include <fmt/core.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -39,21 +40,40 @@ void StripeLocks::unlock_range(uint64_t first, uint64_t last) {
   for (uint64_t i = 0; i < n; ++i) locks_[(first + i) % kLocks].m.unlock();
 }
 
-AlignedBuffer BufferPool::get() {
+void BufferPool::get(Lease* to) {
+  const size_t slab = std::max(kSlab, size_);
+  bool grow = false;
   {
     std::lock_guard l(lock_);
     if (!free_.empty()) {
-      AlignedBuffer b = std::move(free_.back());
+      to->data_ = free_.back();
       free_.pop_back();
-      return b;
+      return;
     }
+    grow = made_ < keep_;
+    if (grow) made_ += slab / size_;
   }
-  return AlignedBuffer(size_);
+  AlignedBuffer fresh(grow ? slab : size_, grow ? kSlab : kPageSize);
+  if (!grow) {
+    to->own_ = std::move(fresh);
+    to->data_ = to->own_.data();
+    return;
+  }
+  std::lock_guard l(lock_);
+  if (!fresh) {
+    made_ -= slab / size_;
+    return;
+  }
+  (void)::madvise(fresh.data(), slab, MADV_HUGEPAGE);
+  // The first ones on top.
+  for (size_t at = slab / size_ * size_; at > size_;) free_.push_back(fresh.data() + (at -= size_));
+  to->data_ = fresh.data();
+  slabs_.push_back(std::move(fresh));
 }
 
-void BufferPool::put(AlignedBuffer b) {
+void BufferPool::put(std::byte* p) {
   std::lock_guard l(lock_);
-  if (free_.size() < keep_) free_.push_back(std::move(b));
+  free_.push_back(p);
 }
 
 RedundantArray::RedundantArray(std::string name, uint64_t size, Geometry geometry, ArrayInit init)
@@ -326,9 +346,20 @@ Task<Status> RedundantArray::write_bitmap(uint64_t offset, std::span<const std::
 Task<Status> RedundantArray::write_superblocks() {
   // A crash in the middle of a round leaves members one event behind, which is allowed; a crash in the middle of the
   // next would leave them two behind, which is stale. So they catch up before the count goes on.
+  // With what the others have under that count, not with what has changed since: one count, one content.
   if (uneven_) {
-    Status s = co_await superblock_round();
-    if (!s) co_return s;
+    if (bitmap_) {
+      Status s = co_await bitmap_->write_header(common_.raw.events, true);
+      if (!s) co_return s;
+    }
+    for (const MemberPtr& m : all_members()) {
+      if (m->sb.raw.events == common_.raw.events || m->sb.own_role() == kRoleSpare) continue;
+      m->sb.raw.events = common_.raw.events;
+      m->sb.raw.resync_offset = common_.raw.resync_offset;
+      m->sb.roles = common_.roles;
+      Status s = co_await write_superblock(*m->volume, m->sb);
+      if (!s && !note_fault(*m, s.error())) co_return s;
+    }
     uneven_ = false;
   }
   ++common_.raw.events;
@@ -512,6 +543,7 @@ Task<bool> RedundantArray::assign_spare() {
     publish_table(std::move(next));
     log(LogLevel::kInfo, "volume", "volume {}: rebuilding slot {} onto {}", name(), i, spare->name);
     co_await write_superblocks();
+    if (bitmap_) co_await bitmap_->write_all();  // nobody wrote bits to a spare that another system made
     assigned = true;
   }
   config_.unlock();
@@ -914,9 +946,18 @@ Task<Result<MemberPtr>> RedundantArray::admit(VolumePtr volume) {
       s = fail(ErrorKind::kExists, fmt::format("volume {}: {} belongs to md array {}; wipe it first", name(),
                                                volume->name(), format_uuid((*old)->uuid())));
   }
-  if (s) s = co_await prepare_member(*m);
   if (!s) co_return fail(std::move(s).error());
   co_return m;
+}
+
+// Its superblock first: a disk with nothing but a log or a bitmap on it would be neither blank nor a member after a power
+// cut. What these hold of a spare is not believed.
+Task<Status> RedundantArray::write_first(Member& m) {
+  Status s = co_await write_superblocks();
+  if (s && m.state.load() == MemberState::kFaulty) s = fail(ErrorKind::kIo, fmt::format("volume {}: {} cannot be written", name(), m.name));
+  if (s && bitmap_) s = co_await bitmap_->write_all();
+  if (s) s = co_await prepare_member(m);
+  co_return s;
 }
 
 Task<Status> RedundantArray::add_member(VolumePtr volume) {
@@ -930,8 +971,7 @@ Task<Status> RedundantArray::add_member(VolumePtr volume) {
       std::lock_guard l(list_lock_);
       spares_.push_back(*m);
     }
-    if (bitmap_) s = co_await bitmap_->write_all();
-    if (s) s = co_await write_superblocks();
+    s = co_await write_first(**m);
   }
   config_.unlock();
   s = co_await settle(std::move(s));
@@ -962,8 +1002,7 @@ Task<Status> RedundantArray::replace_member(std::string_view member, VolumePtr w
       auto next = std::make_unique<Table>(table());
       next->replacements[slot] = *m;
       publish_table(std::move(next));
-      if (bitmap_) s = co_await bitmap_->write_all();
-      if (s) s = co_await write_superblocks();
+      s = co_await write_first(**m);
     }
   }
   config_.unlock();

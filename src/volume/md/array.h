@@ -28,6 +28,7 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "src/io/sync.h"
@@ -81,31 +82,42 @@ class StripeLocks {
   std::array<Padded, kLocks> locks_;
 };
 
-// Buffers of one size, recycled. Empty ones when memory is out.
+// Page-aligned buffers of one size (bytes), recycled: up to `keep` of them, cut from huge pages where the system has some (a
+// request's pages are then few to pin and few to describe to the device); beyond that they are made and freed. What was
+// touched once stays until the pool is destroyed. Any thread.
 class BufferPool {
  public:
-  explicit BufferPool(size_t size, size_t keep) : size_(size), keep_(keep) {}
-  AlignedBuffer get();
-  void put(AlignedBuffer b);
-  class Lease {
+  BufferPool(size_t size, size_t keep) : size_(size), keep_(keep) {}
+  BufferPool(const BufferPool&) = delete;
+  BufferPool& operator=(const BufferPool&) = delete;
+
+  class Lease {  // false: memory is out
    public:
-    explicit Lease(BufferPool& p) : pool_(&p), buffer_(p.get()) {}
-    Lease(Lease&& o) noexcept : pool_(o.pool_), buffer_(std::move(o.buffer_)) {}
+    explicit Lease(BufferPool& p) : pool_(&p) { p.get(this); }
+    Lease(Lease&& o) noexcept : pool_(o.pool_), data_(std::exchange(o.data_, nullptr)), own_(std::move(o.own_)) {}
+    Lease& operator=(Lease&&) = delete;
     ~Lease() {
-      if (buffer_) pool_->put(std::move(buffer_));
+      if (data_ != nullptr && !own_) pool_->put(data_);
     }
-    std::byte* data() const { return buffer_.data(); }
-    explicit operator bool() const { return bool(buffer_); }
+    std::byte* data() const { return data_; }
+    explicit operator bool() const { return data_ != nullptr; }
 
    private:
+    friend class BufferPool;
     BufferPool* pool_;
-    AlignedBuffer buffer_;
+    std::byte* data_ = nullptr;
+    AlignedBuffer own_;  // not the pool's
   };
 
  private:
+  static constexpr size_t kSlab = 2 * kMiB;
+  void get(Lease* to);
+  void put(std::byte* p);
   const size_t size_, keep_;
   SpinLock lock_;
-  std::vector<AlignedBuffer> free_;
+  std::vector<std::byte*> free_;      // guarded by lock_
+  std::vector<AlignedBuffer> slabs_;  // guarded by lock_
+  size_t made_ = 0;                   // buffers in slabs_; guarded by lock_
 };
 
 struct ArrayInit {
@@ -231,8 +243,10 @@ class RedundantArray : public Volume, public ArrayControl {
     return m->slot >= 0 && table().replacements[static_cast<size_t>(m->slot)] == m;
   }
   bool can_lose(const Member& m) const;
-  // config_ held: a member for `volume` with everything but its superblock written to it.
+  // config_ held: a member for `volume`, which is not written to yet.
   Task<Result<MemberPtr>> admit(VolumePtr volume);
+  // config_ held: superblocks, bitmap and log of one that admit() has made and the caller has put into its place.
+  Task<Status> write_first(Member& m);
   uint32_t next_dev_number() const;
 
   const uint64_t component_size_;

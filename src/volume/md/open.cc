@@ -166,8 +166,9 @@ Status assign_slots(Opening& o) {
       return fail(ErrorKind::kInvalid, fmt::format("volume {}: member {} has no md superblock", spec.name, c.name));
     }
     const uint16_t role = o.best.role_of(c.sb->raw.dev_number);
-    // The kernel does not keep a spare's event count up to date.
-    if (redundant && role == kRoleSpare && c.sb->own_role() == kRoleSpare) {
+    // What says of itself that it is a spare is one, also where the others say already which slot it was to fill: nothing has
+    // been copied to it. (The kernel does not keep a spare's event count up to date.)
+    if (redundant && role != kRoleFaulty && c.sb->own_role() == kRoleSpare) {
       o.spares.push_back(&c);
       continue;
     }
