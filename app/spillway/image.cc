@@ -21,7 +21,7 @@ struct Args {
   std::string file, target, format, output_format = "raw", size, backing, backing_format, cluster_size, data_file;
   std::string compression = "zlib", repair, compat = "1.1", snapshot;
   uint32_t refcount_bits = 16;
-  bool json = false, extended_l2 = false, lazy = false, compress = false, data_file_raw = false;
+  bool json = false, extended_l2 = false, lazy = false, compress = false, data_file_raw = false, shrink = false;
 };
 
 // The image is opened as itself, or as the backing or data file of another one.
@@ -92,20 +92,23 @@ std::string beside(const std::string& image, const std::string& name) {
 Task<Status> create(Args a) {
   if (a.format.empty()) a.format = "qcow2";
   SPILLWAY_CO_TRY(const ImageFormat kind, parse_image_format(a.format));
-  uint64_t size = 0;
-  if (!a.size.empty()) {
-    SPILLWAY_CO_TRY(size, parse_size(a.size));
-  } else if (!a.backing.empty()) {
-    Opening o{beside(a.file, a.backing), a.backing_format, true, {}, {}};
-    SPILLWAY_CO_TRY(VolumePtr below, co_await open_image(std::move(o)));
-    size = below->size();
-    SPILLWAY_CO_CHECK(co_await below->close());
-  }
-  if (size == 0) co_return fail(ErrorKind::kInvalid, "image create: a size is missing");
   if (::access(a.file.c_str(), F_OK) == 0)
     co_return fail(ErrorKind::kExists, fmt::format("{}: exists already", a.file));
   if (!a.backing.empty() && a.backing_format.empty())
     co_return fail(ErrorKind::kInvalid, "image create: --backing needs --backing-format (raw or qcow2)");
+  uint64_t size = 0;
+  if (!a.backing.empty()) {
+    // Opened in any case: a name that leads nowhere, or back to this image, is noticed now.
+    Opening o{beside(a.file, a.backing), a.backing_format, true, {}, {}};
+    auto below = co_await open_image(std::move(o));
+    if (!below) co_return fail(std::move(below).error().with_context("image create: backing file"));
+    size = (*below)->size();
+    SPILLWAY_CO_CHECK(co_await (*below)->close());
+  }
+  if (!a.size.empty()) {
+    SPILLWAY_CO_TRY(size, parse_size(a.size));
+  }
+  if (size == 0) co_return fail(ErrorKind::kInvalid, "image create: a size above zero is missing");
   Qcow2CreateOptions q;
   q.virtual_size = size;
   if (!a.cluster_size.empty()) {
@@ -172,13 +175,30 @@ Task<Status> map(Args a) {
   co_return Status{};
 }
 
+Task<Status> shrink(const Args& a, VolumePtr image, uint64_t size) {
+  if (!a.shrink)
+    co_return fail(ErrorKind::kInvalid, fmt::format("{}: {} is smaller than its {} bytes: what lies beyond would be lost; --shrink "
+                                                    "says so", a.file, size, image->size()));
+  if (image->layer() == "qcow2") {
+    SPILLWAY_CO_CHECK(co_await shrink_qcow2(image, size));
+  } else if (size % 512 != 0) {
+    co_return fail(ErrorKind::kInvalid, fmt::format("{}: size {} is no multiple of 512", a.file, size));
+  } else if (::truncate(a.file.c_str(), static_cast<off_t>(size)) != 0) {
+    co_return fail_errno(errno, fmt::format("{}: shrink to {}", a.file, size));
+  }
+  co_return co_await image->close();
+}
+
 Task<Status> resize(Args a) {
   Opening o{a.file, a.format, false, {}, {}};
   SPILLWAY_CO_TRY(VolumePtr image, co_await open_image(std::move(o)));
   uint64_t size = 0;
   const bool relative = !a.size.empty() && a.size[0] == '+';
   SPILLWAY_CO_TRY(size, parse_size(relative ? a.size.substr(1) : a.size));
+  if (relative && size > UINT64_MAX - image->size())
+    co_return fail(ErrorKind::kInvalid, fmt::format("{}: {} is too much to add to {} bytes", a.file, a.size, image->size()));
   if (relative) size += image->size();
+  if (size < image->size()) co_return co_await shrink(a, image, size);
   Status s = co_await image->resize(size);
   if (!s) co_return s;
   co_return co_await image->close();
@@ -268,9 +288,10 @@ void add_image_commands(CLI::App& app, int* exit_code) {
     json(s);
     snapshot(s);
   });
-  command(*image, "resize", "Grow the virtual size (+SIZE: by that much)", a, exit_code, resize, [=](CLI::App& s) {
+  command(*image, "resize", "Change the virtual size (+SIZE: grow by that much)", a, exit_code, resize, [=](CLI::App& s) {
     format(s);
     s.add_option("SIZE", a->size)->required();
+    s.add_flag("--shrink", a->shrink, "SIZE may be smaller; what lies beyond it is lost");
   });
   command(*image, "convert", "Copy an image into a new one", a, exit_code, convert, [=](CLI::App& s) {
     format(s);

@@ -109,6 +109,11 @@ struct Qcow2CheckReport {
 Task<Result<Qcow2CheckReport>> check_qcow2(VolumePtr file, Qcow2Repair repair);
 std::string check_to_text(const Qcow2CheckReport& report);
 
+// For tools: `image` (from open_qcow2, writable) gets smaller; what lies beyond `new_size`, a multiple of 512, is freed. Nothing
+// else may use it, and it is to be closed next. After a crash in between the image has its old size and zeros, or what is
+// below, in parts of its end. kInvalid: not smaller; kReadOnly, kCorrupt, kUnsupported (a snapshot without a size), kIo.
+Task<Status> shrink_qcow2(VolumePtr image, uint64_t new_size);
+
 // `image` must come from open_qcow2.
 struct Qcow2Stats {
   uint64_t l2_hits = 0, l2_loads = 0, l2_evictions = 0, l2_bytes = 0, l2_dirty = 0;

@@ -140,6 +140,10 @@ Task<Result<Qcow2Image::Allocation>> Qcow2Image::allocate(IoContext ctx, uint64_
 Task<Result<uint64_t>> Qcow2Image::allocate_contiguous(IoContext ctx, uint64_t clusters) {
   const uint32_t order = header_.refcount_order;
   const uint64_t per_slice = (uint64_t{refcounts_->slice_bytes()} * 8) >> order;
+  // A refcount block takes the first of the clusters it counts: no longer gap can come into being behind the end.
+  if (clusters >= header_.refblock_entries())
+    co_return fail(ErrorKind::kUnsupported, fmt::format("{}: a table of {} clusters in one piece: its refcount blocks count {} "
+                                                        "clusters each", prefix_, clusters, header_.refblock_entries()));
   uint64_t first = free_hint_, found = 0;
   while (found < clusters) {
     const uint64_t c = first + found, block = c / header_.refblock_entries();

@@ -133,8 +133,8 @@ void Checker::check_l2_entry(const std::string& who, uint64_t entry, uint64_t bi
     if ((entry & kCopied) != 0) error(fmt::format("{}: compressed and marked as copied", what));
     const uint64_t begin = align_down(span.offset, 512);
     if (count(what, begin, std::min(span.offset + span.length - begin, end() - std::min(end(), begin)), false)) {
-      ++report.clusters_compressed;
-      ++report.clusters_allocated;
+      if (who.empty()) ++report.clusters_compressed;
+      if (who.empty()) ++report.clusters_allocated;
     }
     return;
   }
@@ -145,7 +145,7 @@ void Checker::check_l2_entry(const std::string& who, uint64_t entry, uint64_t bi
   const uint64_t host = entry & kOffsetMask;
   if (h_.external_data()) {
     if ((host != 0 || (entry & kCopied) != 0) && host != guest) error(fmt::format("{}: external data elsewhere", what));
-    if ((entry & kCopied) != 0) ++report.clusters_allocated;
+    if (who.empty() && (entry & kCopied) != 0) ++report.clusters_allocated;
     return;
   }
   if (host == 0) {
@@ -153,6 +153,7 @@ void Checker::check_l2_entry(const std::string& who, uint64_t entry, uint64_t bi
     return;
   }
   if (!count(what, host, h_.cluster_size(), true)) return;
+  if (!who.empty()) return;  // a snapshot's: the figures are of the active state
   ++report.clusters_allocated;
   if (last_host_ != 0 && host != last_host_ + h_.cluster_size()) ++report.clusters_fragmented;
   last_host_ = host;

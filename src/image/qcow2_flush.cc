@@ -310,16 +310,21 @@ Task<Status> Qcow2Image::grow_l1(uint64_t entries) {
   co_return Status{};
 }
 
+Status Qcow2Image::may_resize(uint64_t new_size) const {
+  if (read_only_) return fail(ErrorKind::kReadOnly, prefix_ + ": is read-only");
+  if (corrupt_.load(std::memory_order_acquire)) return refuse_writes();
+  if (new_size > uint64_t{1} << 62) return fail(ErrorKind::kInvalid, fmt::format("{}: size {} is too large", prefix_, new_size));
+  if (std::any_of(snapshots_.begin(), snapshots_.end(), [](auto& s) { return !s.has_virtual_size; }))
+    return fail(ErrorKind::kUnsupported, prefix_ + ": has a snapshot that does not know its size; not resized");
+  return {};
+}
+
 // Grows. What the backing file has beyond the old end must not appear: it is hidden by zeros before the size is
 // published.
 Task<Status> Qcow2Image::do_resize(uint64_t new_size) {
-  if (read_only_) co_return fail(ErrorKind::kReadOnly, prefix_ + ": is read-only");
-  if (corrupt_.load(std::memory_order_acquire)) co_return refuse_writes();
+  SPILLWAY_CO_CHECK(may_resize(new_size));
   const uint64_t old_size = size();
   if (new_size == old_size) co_return Status{};
-  if (new_size > uint64_t{1} << 62) co_return fail(ErrorKind::kInvalid, fmt::format("{}: size {} is too large", prefix_, new_size));
-  if (std::any_of(snapshots_.begin(), snapshots_.end(), [](auto& s) { return !s.has_virtual_size; }))
-    co_return fail(ErrorKind::kUnsupported, prefix_ + ": has a snapshot that does not know its size; not resized");
   const uint64_t need = (new_size + header_.bytes_per_l2() - 1) / header_.bytes_per_l2();
   if (need > header_.l1_size) {
     co_await flush_mutex_.lock();
@@ -351,6 +356,27 @@ Task<Status> Qcow2Image::do_resize(uint64_t new_size) {
   SPILLWAY_CO_CHECK(co_await file_.volume().flush(IoContext{}));
   header_.size = new_size;
   set_size(new_size);
+  co_return Status{};
+}
+
+// The size goes last: with the old one the end reads as zeros or what is below, with the new one nothing of it is left that a
+// later growth could bring back.
+Task<Status> Qcow2Image::shrink(uint64_t new_size) {
+  SPILLWAY_CO_CHECK(may_resize(new_size));
+  if (new_size >= size() || !is_aligned(new_size, 512))
+    co_return fail(ErrorKind::kInvalid, fmt::format("{}: shrink from {} to {}: a smaller multiple of 512", prefix_, size(), new_size));
+  const uint64_t first = align_up(new_size, cluster_size_), end = align_up(size(), cluster_size_);
+  if (header_.external_data() && first < data_.size())
+    SPILLWAY_CO_CHECK(co_await data_.write_zeroes(IoContext{}, first, std::min(end, data_.size()) - first, true));
+  else if (!header_.external_data() && first < end)
+    SPILLWAY_CO_CHECK(co_await change_clusters(IoContext{}, first >> cluster_bits_, (end - first) >> cluster_bits_,
+                                               Change::kForget));
+  SPILLWAY_CO_CHECK(co_await flush_cycle(IoContext{}));
+  std::byte b[8];
+  store64(b, new_size);
+  SPILLWAY_CO_CHECK(co_await write_field(kFieldSize, b, 8));
+  SPILLWAY_CO_CHECK(co_await file_.volume().flush(IoContext{}));
+  header_.size = new_size;
   co_return Status{};
 }
 
@@ -408,6 +434,12 @@ std::string Qcow2Image::to_text() const {
 }  // namespace spillway::qcow2
 
 namespace spillway {
+
+Task<Status> shrink_qcow2(VolumePtr image, uint64_t new_size) {
+  auto* q = dynamic_cast<qcow2::Qcow2Image*>(image.get());
+  if (q == nullptr) co_return fail(ErrorKind::kInvalid, fmt::format("volume {}: not a qcow2 image", image->name()));
+  co_return co_await q->shrink(new_size);
+}
 
 Result<Qcow2Stats> qcow2_stats(const Volume& image) {
   const auto* q = dynamic_cast<const qcow2::Qcow2Image*>(&image);

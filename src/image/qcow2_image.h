@@ -65,6 +65,8 @@ class Qcow2Image final : public Volume {
   uint64_t cluster_size() const { return cluster_size_; }
   // Writes whole clusters compressed where that makes them smaller (convert). One caller, nothing else running.
   Task<Status> write_compressed(IoContext ctx, uint64_t offset, std::span<const std::byte> cluster);
+  // See shrink_qcow2.
+  Task<Status> shrink(uint64_t new_size);
   Qcow2Stats stats() const;
   const Header& header() const { return header_; }
 
@@ -163,7 +165,7 @@ class Qcow2Image final : public Volume {
   void end_flight(const Plan& plan);
   bool needs_new(uint64_t entry) const;
   bool is_zero_now(uint64_t offset, uint64_t length) const;
-  enum class Change : uint8_t { kDiscard, kZeroUnmap, kZeroKeep };
+  enum class Change : uint8_t { kDiscard, kZeroUnmap, kZeroKeep, kForget /* shows what is below */ };
   Task<Status> change_clusters(IoContext ctx, uint64_t first, uint64_t count, Change how);
   Task<Result<uint64_t>> change_slice(IoContext ctx, uint64_t first, uint64_t count, Change how,
                                       std::shared_ptr<Flight>* wait, TableLog::Room& room);
@@ -214,6 +216,7 @@ class Qcow2Image final : public Volume {
   Task<Status> flush_data(IoContext ctx);
   Task<Status> write_field(uint64_t at, const void* value, uint64_t length);
   Task<Status> update_incompatible(uint64_t set, uint64_t clear);
+  Status may_resize(uint64_t new_size) const;
   Task<Status> grow_l1(uint64_t entries);
   Task<Status> corruption(std::string what);
   bool tables_dirty() const;

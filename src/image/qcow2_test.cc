@@ -590,10 +590,79 @@ TEST(Qcow2Resize, Grows_HidesBacking_AndChecksClean) {
     auto below = reactor.block_on(read_all(*base));
     EXPECT_EQ(std::memcmp(now->data(), below->data(), kMiB), 0);
     EXPECT_EQ((*now)[kMiB], std::byte{9});
-    for (uint64_t i = kMiB + 512; i < 63 * kMiB; ++i) ASSERT_EQ((*now)[i], std::byte{0}) << i;
+    ASSERT_TRUE(qcow2::all_zero(&(*now)[kMiB + 512], 62 * kMiB - 512));
     EXPECT_EQ((*now)[63 * kMiB], std::byte{8});
     ASSERT_OK(reactor.block_on((*image)->close()));
     auto report = reactor.block_on(check_qcow2(file, Qcow2Repair::kNone));
+    EXPECT_EQ(report->errors + report->leaks, 0u) << check_to_text(*report);
+  }
+}
+
+// The larger L1 table would not fit between two refcount blocks: said at once, the file is left as it was.
+TEST(Qcow2Resize, TableLongerThanARefcountBlockCounts_Refused) {
+  SimReactor reactor;
+  VolumePtr file = *make_memory("file", 4096, 512);
+  Qcow2CreateOptions c;
+  c.virtual_size = kMiB;
+  c.cluster_size = 512;
+  c.refcount_bits = 64;  // 64 clusters a block
+  ASSERT_OK(reactor.block_on(create_qcow2(file, c)));
+  auto image = reactor.block_on(open_qcow2("img", file, {}));
+  ASSERT_OK(image);
+  const uint64_t before = file->size();
+  EXPECT_FALSE(reactor.block_on((*image)->resize(200 * kMiB)).has_value());
+  EXPECT_EQ(file->size(), before);
+  ASSERT_OK(reactor.block_on((*image)->resize(100 * kMiB)));
+  ASSERT_OK(reactor.block_on((*image)->close()));
+  auto report = reactor.block_on(check_qcow2(file, Qcow2Repair::kNone));
+  EXPECT_EQ(report->errors, 0u) << check_to_text(*report);
+}
+
+// Smaller, then larger again: what was beyond the end is gone, its space is free, and the base's end stays hidden.
+TEST(Qcow2Resize, Shrinks_FreesTheEnd_WhichNeverComesBack) {
+  struct Kind {
+    uint32_t version, cluster;
+    bool extended, backing;
+  };
+  for (const Kind& k : {Kind{3, 512, false, true}, Kind{3, 65536, false, false}, Kind{3, 65536, true, true}, Kind{2, 4096, false, true}}) {
+    SCOPED_TRACE(fmt::format("v{} {} {} {}", k.version, k.cluster, k.extended, k.backing));
+    SimReactor reactor;
+    auto base = reactor.block_on(make_base(4 * kMiB));
+    VolumePtr file = *make_memory("file", 4096, 512);
+    Qcow2CreateOptions c;
+    c.virtual_size = 4 * kMiB;
+    c.version = k.version;
+    c.cluster_size = k.cluster;
+    c.extended_l2 = k.extended;
+    if (k.backing) {
+      c.backing_file = "base";
+      c.backing_format = "raw";
+    }
+    ASSERT_OK(reactor.block_on(create_qcow2(file, c)));
+    Qcow2Options o;
+    o.backing = k.backing ? *base : nullptr;
+    auto image = reactor.block_on(open_qcow2("img", file, o));
+    ASSERT_OK(image);
+    ASSERT_OK(reactor.block_on(write_at(*image, 0, filled(3 * kMiB, 9))));
+    EXPECT_FALSE(reactor.block_on(shrink_qcow2(*image, 4 * kMiB)).has_value());
+    EXPECT_FALSE(reactor.block_on(shrink_qcow2(*image, kMiB + 1)).has_value());
+    ASSERT_OK(reactor.block_on(shrink_qcow2(*image, kMiB + 512)));
+    EXPECT_GE(qcow2_stats(**image)->clusters_freed, (2 * kMiB - k.cluster) / k.cluster);
+    ASSERT_OK(reactor.block_on((*image)->close()));
+    auto report = reactor.block_on(check_qcow2(file, Qcow2Repair::kNone));
+    EXPECT_EQ(report->errors + report->leaks, 0u) << check_to_text(*report);
+    image = reactor.block_on(open_qcow2("img", file, o));
+    ASSERT_OK(image);
+    EXPECT_EQ((*image)->size(), kMiB + 512);
+    ASSERT_OK(reactor.block_on((*image)->resize(4 * kMiB)));
+    auto now = reactor.block_on(read_all(*image));
+    ASSERT_OK(now);
+    ASSERT_EQ(now->size(), 4 * kMiB);
+    const auto kept = filled(kMiB + 512, 9);
+    EXPECT_EQ(std::memcmp(now->data(), kept.data(), kept.size()), 0);
+    EXPECT_TRUE(qcow2::all_zero(&(*now)[kMiB + 512], 3 * kMiB - 512));
+    ASSERT_OK(reactor.block_on((*image)->close()));
+    report = reactor.block_on(check_qcow2(file, Qcow2Repair::kNone));
     EXPECT_EQ(report->errors + report->leaks, 0u) << check_to_text(*report);
   }
 }

@@ -445,7 +445,7 @@ Task<Result<uint64_t>> Qcow2Image::change_slice(IoContext ctx, uint64_t first, u
     co_return std::unexpected(std::move(s).error());
   }
   const uint64_t in_slice = std::min(count, slice_entries_ - first % slice_entries_);
-  const bool below = backing_ && first << cluster_bits_ < backing_.size();
+  const bool below = how != Change::kForget && backing_ && first << cluster_bits_ < backing_.size();
   if ((l1_.load()->get(l1_index(first)) & kOffsetMask) == 0 && !below) {
     // Nothing is mapped here, and there is nothing to hide. A flight would have made the table.
     co_return in_slice;
@@ -479,7 +479,7 @@ bool Qcow2Image::change_entry(Slice* s, uint64_t cluster, Change how, TableLog::
     next_bitmap = all_zero_bits;
   } else if (how == Change::kZeroKeep && !compressed && host != 0 && (entry & kZeroFlag) != 0 && !extended_) {
     return false;  // zero already, shared place
-  } else if (header_.version >= 3 && (below || entry != 0 || bitmap != 0)) {
+  } else if (how != Change::kForget && header_.version >= 3 && (below || entry != 0 || bitmap != 0)) {
     next = extended_ ? 0 : kZeroFlag;
     next_bitmap = all_zero_bits;
   }

@@ -319,7 +319,12 @@ TEST_F(Qcow2Conform, OurCreateResizeConvert_AreQemusToo) {
       how.compress = c.compress && c.bits > 1;
       how.target_is_zero = true;
       ASSERT_OK(reactor->block_on(convert_image(*file_volume(dir / "src.raw", true), *image, how)));
-      ASSERT_OK(reactor->block_on((*image)->resize(100 * kMiB)));
+      ASSERT_OK(reactor->block_on((*image)->resize(120 * kMiB)));
+      ASSERT_OK(reactor->block_on(write_at(*image, 110 * kMiB, filled(2 * kMiB, 4))));
+      ASSERT_OK(reactor->block_on(shrink_qcow2(*image, 100 * kMiB)));
+      ASSERT_OK(reactor->block_on((*image)->close()));
+      image = reactor->block_on(open_qcow2("new", file, {}));
+      ASSERT_OK(image);
       ASSERT_OK(reactor->block_on(write_at(*image, 99 * kMiB, filled(4096, 3))));
       ASSERT_OK(reactor->block_on((*image)->close()));
     }
