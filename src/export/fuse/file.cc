@@ -22,6 +22,7 @@ namespace {
 
 constexpr uint8_t kHeatMax = 6;
 constexpr uint64_t kEvictRunMax = 64 * kMiB;  // one round of write back, page out, drop
+constexpr int kEvictRounds = 3;
 constexpr long kCachestat = 451;              // the number is the same on every architecture
 
 struct CachestatRange {
@@ -307,21 +308,28 @@ Result<PmemFile::Evicted> PmemFile::evict(uint64_t offset, uint64_t length) {
   e.before = before.cached;
   if (before.cached == 0) return e;
   if (!evict_agent_) return fail(ErrorKind::kCanceled, fmt::format("pmem {}: evict: stopped", name()));
-  if (options_.read_only) {
-    // Nothing is dirty and nothing can be a DMA target; PAGEOUT would skip pages that several guests map.
-    auto r = evict_agent_->call(fuse::Agent::Op::kInvalidate, offset, length, static_cast<int64_t>(node_));
-    if (!r) return std::unexpected(std::move(r).error());
-  } else {
-    if (before.dirty + before.writeback != 0) {
-      // Large sequential writes first; PAGEOUT alone would leave dirty pages, an invalidation writes them one by one.
-      auto r = evict_agent_->call(fuse::Agent::Op::kWriteBack, offset, length);
-      if (!r) return fail(std::move(r).error().with_context(fmt::format("pmem {}: write back", name())));
-      e.written = before.dirty;
-    }
-    for (pid_t pid : mappers()) e.remote_refused |= !page_out(pid, offset, length);
-    (void)evict_agent_->call(fuse::Agent::Op::kDrop, offset, length);
+  if (!options_.read_only && before.dirty + before.writeback != 0) {
+    // Large sequential writes first; PAGEOUT alone would leave dirty pages, an invalidation writes them one by one.
+    auto r = evict_agent_->call(fuse::Agent::Op::kWriteBack, offset, length);
+    if (!r) return fail(std::move(r).error().with_context(fmt::format("pmem {}: write back", name())));
+    e.written = before.dirty;
   }
-  SPILLWAY_TRY(const Residency after, residency(offset, length));
+  Residency after = before;
+  for (int round = 0; round < kEvictRounds && after.cached != 0; ++round) {
+    if (options_.read_only) {
+      // Nothing is dirty and nothing can be a DMA target; PAGEOUT would skip pages that several guests map.
+      auto r = evict_agent_->call(fuse::Agent::Op::kInvalidate, offset, length, static_cast<int64_t>(node_));
+      if (!r) return std::unexpected(std::move(r).error());
+    } else {
+      // The last pages that another processor faulted in (up to 31) are in that processor's batch and on no LRU list yet:
+      // page-out cannot isolate them, so they stay mapped, and the drop fails on them. But that failure makes the kernel
+      // drain the batches of all processors, and the next round takes them.
+      for (pid_t pid : mappers()) e.remote_refused |= !page_out(pid, offset, length);
+      (void)evict_agent_->call(fuse::Agent::Op::kDrop, offset, length);
+    }
+    SPILLWAY_TRY(after, residency(offset, length));
+    if (e.remote_refused) break;
+  }
   e.freed = before.cached - std::min(after.cached, before.cached);
   counters_.evicted_bytes.fetch_add(e.freed, std::memory_order_relaxed);
   counters_.evict_written_bytes.fetch_add(e.written, std::memory_order_relaxed);

@@ -2,6 +2,7 @@
 #include <fcntl.h>
 #include <fmt/core.h>
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -73,6 +74,13 @@ class TestVolume final : public Volume {
   }
 };
 
+int pin_to(int cpu) {
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(cpu, &one);
+  return ::sched_setaffinity(0, sizeof one, &one);
+}
+
 // A process that maps a file of the mount, as a VMM does. Never the test itself: a process that serves a mount must
 // not map its files (a fault or an munmap would hold the address space its own workers need).
 class Mapper {
@@ -102,6 +110,7 @@ class Mapper {
   int64_t wrong(uint64_t from, uint64_t to) { return call('c', from, to); }
   void touch(uint64_t from, uint64_t to) { call('t', from, to); }
   int64_t sync() { return call('y'); }  // 0 or errno
+  void run_on(int cpu) { call('p', static_cast<uint64_t>(cpu)); }
   int64_t pwrite(uint64_t at, const std::string& text) { return call('w', at, 0, 0, 0, text); }
 
  private:
@@ -149,6 +158,7 @@ class Mapper {
           for (uint64_t i = o.a; i < o.b; i += 4096) sink = p[i];
           break;
         case 'y': answer = ::fsync(fd) == 0 ? 0 : errno; break;
+        case 'p': answer = pin_to(static_cast<int>(o.a)); break;
         case 'w': answer = ::pwrite(fd, o.text, std::strlen(o.text), static_cast<off_t>(o.a)); break;
       }
       (void)sink;
@@ -292,6 +302,30 @@ TEST_F(FusePmem, Evict_takes_mapped_pages_writes_dirty_ones_and_content_returns)
   EXPECT_EQ(f->residency(0, kSize / 2)->cached, 0u);
   EXPECT_EQ(f->residency(kSize / 2, kSize / 2)->cached, kSize / 2);
   EXPECT_EQ(m.wrong(0, kSize), 0);
+}
+
+// What one processor faulted in last is on no LRU list yet, so another one's page-out passes it by (mm/swap.c's batches).
+TEST_F(FusePmem, Evict_takes_the_pages_that_another_processor_has_just_faulted_in) {
+  cpu_set_t all;
+  ASSERT_EQ(::sched_getaffinity(0, sizeof all, &all), 0);
+  int cpus[2] = {-1, -1}, n = 0;
+  for (int c = 0; c < CPU_SETSIZE && n < 2; ++c)
+    if (CPU_ISSET(c, &all)) cpus[n++] = c;
+  if (n < 2) GTEST_SKIP() << "needs two processors";
+  auto f = add("vm1", std::make_shared<TestVolume>());
+  Mapper& m = map("vm1");
+  m.run_on(cpus[0]);
+  ASSERT_EQ(pin_to(cpus[1]), 0);  // the agent process that evicts is forked by this thread
+  constexpr uint64_t kFew = 8 * kPageSize;  // fewer than a batch holds; whatever else runs there may drain it now and then
+  for (int round = 0; round < 16; ++round) {
+    m.touch(0, kFew);
+    auto e = f->evict(0, kFew);
+    ASSERT_TRUE(e) << e.error().message();
+    if (e->remote_refused) GTEST_SKIP() << "process_madvise is not permitted here";
+    EXPECT_EQ(e->before, kFew);
+    EXPECT_EQ(e->freed, kFew);
+  }
+  ASSERT_EQ(::sched_setaffinity(0, sizeof all, &all), 0);
 }
 
 TEST_F(FusePmem, Cold_half_goes_warm_half_stays) {  // P9: chunks that came back are let go by
