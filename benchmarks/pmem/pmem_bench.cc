@@ -56,6 +56,7 @@ struct Bench {
     o.name = "bench";
     o.directory = dir + "/mnt";
     o.read_ahead_kb = static_cast<uint32_t>(r.option("read-ahead", PmemMountOptions{}.read_ahead_kb));
+    o.max_read = static_cast<uint32_t>(r.option("max-read", PmemMountOptions{}.max_read));
     mount = must(PmemMount::start(o));
     reactor = must(UringReactor::create(64));
   }
@@ -209,8 +210,8 @@ void sequential(Bench& b) {
   constexpr uint64_t kSize = 512 * kMiB;
   const std::string leaf = b.plain_file("leaf", kSize), plain = b.plain_file("plain", kSize);
   VolumePtr v = b.file_volume(leaf);
-  auto file = b.add("seq", v);
-  std::vector<double> mapped, own, ext4;
+  auto file = b.add("seq", v), memory = b.add("seqmem", must(make_memory("seqmem", kSize, 4096)));
+  std::vector<double> mapped, own, ext4, limit;
   interleave(b.rounds,
              {{"own", [&] {
                  uint64_t next = 0;
@@ -219,6 +220,13 @@ void sequential(Bench& b) {
                  for (int i = 0; i < 2; ++i) two.push_back(read_all(v, kMiB, &next));
                  must(b.reactor->block_on(all_of(std::move(two))));
                  own.push_back(gib_s(kSize, static_cast<double>(now_ns() - t)));
+               }},
+              {"memory", [&] {
+                 b.m().close();
+                 (void)memory->evict(0, kSize);
+                 must(b.m().open(b.path("seqmem"), kSize, Advice::kNone, false), "map");
+                 limit.push_back(gib_s(kSize, static_cast<double>(b.m().touch(0, kSize))));
+                 b.m().close();
                }},
               {"pmem", [&] {
                  b.m().close();
@@ -234,10 +242,11 @@ void sequential(Bench& b) {
                  ext4.push_back(gib_s(kSize, static_cast<double>(b.m().touch(0, kSize))));
                  b.m().close();
                }}});
-  b.report.run("sequential cold read", {{"gib_s", median(mapped)}, {"volume_gib_s", median(own)}, {"ext4_gib_s", median(ext4)},
+  b.report.run("sequential cold read", {{"gib_s", median(mapped)}, {"volume_gib_s", median(own)}, {"ext4_gib_s", median(ext4)}, {"memory_volume_gib_s", median(limit)},
                                         {"spread", spread(mapped)}, {"volume_spread", spread(own)}});
   b.report.gate("sequential cold read beside the volume's own", median(mapped) / median(own), ">=", 0.8);
   b.done("seq");
+  b.done("seqmem");
 }
 
 // How fast the host gets clean memory back, mapped and not.

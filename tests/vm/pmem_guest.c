@@ -7,7 +7,7 @@
  *   dma FILE MIB SEED S DISK  for S seconds: O_DIRECT reads of DISK (made by fill with the same MIB and SEED) into the
  *                          mapping, O_DIRECT writes of the mapping into the second half of DISK's size, stores, and
  *                          re-reads; every page is checked against what must be in it
- *   touch FILE MIB N       N loads of random pages: prints the medians in ns: cold (first touch), warm (second touch)
+ *   touch FILE MIB N       N loads of scattered pages: prints the medians in ns: cold (first touch), warm (second touch)
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -138,10 +138,10 @@ int main(int argc, char **argv) {
     printf("wrong %llu dma-in %llu dma-out %llu rounds %llu\n", (unsigned long long)wrong, (unsigned long long)reads,
            (unsigned long long)writes, (unsigned long long)syncs);
   } else if (!strcmp(argv[1], "touch")) {
-    const uint64_t n = seed < pages ? seed : pages, step = pages / n;
+    const uint64_t n = seed < pages ? seed : pages, first = now();
     uint64_t *cold = calloc(n, sizeof *cold), *warm = calloc(n, sizeof *warm), sum = 0;
     for (uint64_t i = 0; i < n; ++i) {
-      volatile uint64_t *p = (uint64_t *)(base + i * step * 4096);
+      volatile uint64_t *p = (uint64_t *)(base + (first + i * 40503) % pages * 4096);  /* scattered: an odd stride */
       const uint64_t t0 = now(); sum += *p;
       const uint64_t t1 = now(); sum += p[8];
       const uint64_t t2 = now();

@@ -36,7 +36,7 @@ static Status detach_stale(const std::string& directory) {
   return {};
 }
 
-Result<FuseChannel> FuseChannel::mount(const std::string& directory) {
+Result<FuseChannel> FuseChannel::mount(const std::string& directory, uint32_t max_read) {
   SPILLWAY_CHECK(detach_stale(directory));
   std::error_code ec;
   std::filesystem::create_directories(directory, ec);
@@ -44,7 +44,7 @@ Result<FuseChannel> FuseChannel::mount(const std::string& directory) {
   Fd fd(::open("/dev/fuse", O_RDWR | O_CLOEXEC));
   if (!fd) return fail_errno(errno, "pmem mount: open /dev/fuse");
   const auto data = fmt::format("fd={},rootmode=40000,user_id={},group_id={},allow_other,default_permissions,max_read={}",
-                                fd.get(), ::geteuid(), ::getegid(), kMaxWrite);
+                                fd.get(), ::geteuid(), ::getegid(), max_read);
   if (::mount("spillway", directory.c_str(), "fuse.spillway", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME,
               data.c_str()) != 0)
     return fail_errno(errno, "pmem mount " + directory);

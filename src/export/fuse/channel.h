@@ -24,9 +24,10 @@ struct BdiOptions {
 
 class FuseChannel {
  public:
+  // `max_read`: bytes of the largest READ, up to kMaxWrite.
   // A fresh mount on `directory` (made when missing). A dead mount of an earlier life there is detached first;
   // kBusy when a live file system other than the machine's own is mounted there.
-  static Result<FuseChannel> mount(const std::string& directory);
+  static Result<FuseChannel> mount(const std::string& directory, uint32_t max_read);
   // Takes over a connection that a predecessor mounted. kNotFound when it has been aborted meanwhile.
   static Result<FuseChannel> adopt(Fd fd, const std::string& directory);
 

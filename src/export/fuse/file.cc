@@ -94,6 +94,19 @@ Task<Status> PmemFile::read(uint64_t offset, uint32_t length, std::span<std::byt
   co_return Status{};
 }
 
+Task<Status> PmemFile::read_ahead(uint64_t offset, std::span<std::byte> to) {
+  const iovec one{to.data(), to.size()};
+  Status s = co_await options_.volume->read(context(IoClass::kReadAhead), offset, Iov(&one, 1));
+  co_return s;
+}
+
+void PmemFile::served_ahead(uint64_t offset, uint64_t length) {
+  note_fault(offset, length);
+  counters_.reads.fetch_add(1, std::memory_order_relaxed);
+  counters_.read_bytes.fetch_add(length, std::memory_order_relaxed);
+  counters_.ahead_bytes.fetch_add(length, std::memory_order_relaxed);
+}
+
 Task<Status> PmemFile::write_plain(uint64_t offset, const std::byte* data, uint64_t length) {
   const iovec one{const_cast<std::byte*>(data), static_cast<size_t>(length)};
   Status s = co_await options_.volume->write(context(IoClass::kWriteback), offset, Iov(&one, 1));
@@ -393,8 +406,8 @@ std::string PmemFile::to_text() const {
   if (auto r = fd_ ? residency() : fail(ErrorKind::kNotFound); r)
     text += fmt::format("resident: {} dirty {} writeback {}\n", format_size(r->cached), format_size(r->dirty),
                         format_size(r->writeback));
-  text += fmt::format("served: reads {} ({}) writes {} ({}) flushes {} punched {} errors {} held {}\n", v(c.reads),
-                      format_size(v(c.read_bytes)), v(c.writes), format_size(v(c.write_bytes)), v(c.flushes),
+  text += fmt::format("served: reads {} ({}, {} of it read ahead) writes {} ({}) flushes {} punched {} errors {} held {}\n", v(c.reads),
+                      format_size(v(c.read_bytes)), format_size(v(c.ahead_bytes)), v(c.writes), format_size(v(c.write_bytes)), v(c.flushes),
                       format_size(v(c.punched_bytes)), v(c.errors), held_.load());
   text += fmt::format("evicted: {} in {} calls, {} written first, {} chunks came back\n",
                       format_size(v(c.evicted_bytes)), v(c.evict_calls), format_size(v(c.evict_written_bytes)),

@@ -38,7 +38,7 @@ struct PmemFileOptions {
 };
 
 struct PmemCounters {
-  std::atomic<uint64_t> reads{0}, read_bytes{0}, writes{0}, write_bytes{0}, flushes{0}, punches{0}, punched_bytes{0};
+  std::atomic<uint64_t> reads{0}, read_bytes{0}, ahead_bytes{0}, writes{0}, write_bytes{0}, flushes{0}, punches{0}, punched_bytes{0};
   std::atomic<uint64_t> errors{0};          // failures of the volume, each try counted
   std::atomic<uint64_t> evict_calls{0}, evicted_bytes{0}, evict_written_bytes{0}, evict_refused{0}, refaults{0};
 };
@@ -92,6 +92,9 @@ class PmemFile final : public PmemBacking {
   // Any offset and length inside the file. `scratch` is the worker's reply buffer: the bytes asked for end up at the
   // address returned through `at`.
   Task<Status> read(uint64_t offset, uint32_t length, std::span<std::byte> scratch, std::byte** at);
+  // Into `to`, whole blocks, before the kernel asks; served_ahead() says when it has been answered from there.
+  Task<Status> read_ahead(uint64_t offset, std::span<std::byte> to);
+  void served_ahead(uint64_t offset, uint64_t length);
   // `data` is page aligned; `scratch` serves unaligned edges.
   Task<Status> write(uint64_t offset, std::span<const std::byte> data, std::span<std::byte> scratch);
   Task<Status> flush();

@@ -118,7 +118,7 @@ Result<std::shared_ptr<PmemMount>> PmemMount::start(PmemMountOptions options) {
     }
   }
   if (!m) {
-    SPILLWAY_TRY(auto channel, FuseChannel::mount(options.directory));
+    SPILLWAY_TRY(auto channel, FuseChannel::mount(options.directory, options.max_read));
     m.reset(new PmemMount(options, std::move(channel)));
     SPILLWAY_CHECK(m->save());
   }
@@ -141,7 +141,7 @@ Status PmemMount::start_workers() {
   for (unsigned i = 0; i < std::max(2u, options_.workers_min); ++i) add_worker();
   if (count_ < 2) return fail(ErrorKind::kNoMemory, "pmem mount " + options_.directory + ": no workers");
   retry_thread_ = std::thread([this] { retry_loop(); });
-  return {};
+  return ahead_.start();
 }
 
 void PmemMount::add_worker() {
@@ -171,6 +171,7 @@ void PmemMount::stop(bool keep) {
     retry_held();
     for (auto& file : files()) sync_last(*file);
   }
+  ahead_.stop();  // before the reactors that wait for it
   // Closing a file may ask the workers: before they stop, and without a lock they take.
   for (auto& file : files()) file->detach();
   {
@@ -327,6 +328,7 @@ void PmemMount::remove(const std::string& name) {
     if (Status s = save(); !s) log(LogLevel::kWarn, "pmem", "{}", s.error().message());
   }
   if (!last) return;
+  ahead_.forget(*file);
   if (options_.store != nullptr) (void)options_.store->remove(key_of(*file));
   file->detach();
 }
@@ -538,6 +540,14 @@ PmemMount::Outcome PmemMount::serve_data(Call& call) {
     if (in == nullptr || in->size > fuse::kMaxWrite) return finish(fail(ErrorKind::kInvalid));
     if (in->offset >= file->size() || in->size == 0) return finish({});
     const auto length = static_cast<uint32_t>(std::min<uint64_t>(in->size, file->size() - in->offset));
+    ahead_.note(file, in->offset, length);
+    if (!ahead_.empty()) {
+      const ReadAhead::Found found = call.reactor.block_on(ahead_.find(*file, in->offset, length));
+      if (found) {
+        file->served_ahead(in->offset, length);
+        return finish({}, {found.iov.data(), found.count});
+      }
+    }
     std::byte* at = nullptr;
     Status s = call.reactor.block_on(file->read(in->offset, length, call.scratch, &at));
     const iovec data{at, length};
@@ -548,7 +558,9 @@ PmemMount::Outcome PmemMount::serve_data(Call& call) {
     if (in == nullptr || call.size < kHeader + in->size) return finish(fail(ErrorKind::kInvalid));
     if (file->read_only()) return finish(fail(ErrorKind::kReadOnly));
     const std::span<const std::byte> data(call.in + kHeader, in->size);
+    ahead_.changed(*file, in->offset, in->size);
     Status s = call.reactor.block_on(file->write(in->offset, data, call.scratch));
+    ahead_.changed(*file, in->offset, in->size);
     fuse_write_out out{};
     out.size = in->size;
     const iovec answer{&out, sizeof out};
@@ -565,7 +577,10 @@ PmemMount::Outcome PmemMount::serve_data(Call& call) {
     return Outcome::kAnswered;
   }
   if (file->read_only()) return finish(fail(ErrorKind::kReadOnly));
-  return finish(call.reactor.block_on(file->punch(in->offset, in->length)));
+  ahead_.changed(*file, in->offset, in->length);
+  Status s = call.reactor.block_on(file->punch(in->offset, in->length));
+  ahead_.changed(*file, in->offset, in->length);
+  return finish(std::move(s));
 }
 
 void PmemMount::serve_init(const Call& call) {

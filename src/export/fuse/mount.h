@@ -7,6 +7,7 @@
 //   retry thread     sleeps until the backend fails a read or a write back. Such a request is never answered with
 //                    an error (a failed READ is SIGBUS for the VMM, a failed WRITE loses the page): it is held and
 //                    tried again, every 100 ms at first, every second later, until it succeeds or stop(false) aborts it.
+//   read-ahead       (ahead.h) a thread that reads streams before the kernel asks.
 //
 // A request for a file that this process has not added yet (after an adoption) is held the same way, until settle().
 //
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include "src/base/fd_store.h"
+#include "src/export/fuse/ahead.h"
 #include "src/export/fuse/channel.h"
 #include "src/export/fuse/file.h"
 #include "src/io/reactor.h"
@@ -34,7 +36,9 @@ struct PmemMountOptions {
   std::string directory;         // where to mount; made when missing
   FdStore* store = nullptr;      // null: dies with the process (tests, benchmarks)
   unsigned workers_min = 2, workers_max = 16;
-  uint32_t read_ahead_kb = 128;
+  uint32_t read_ahead_kb = 512;  // the kernel's window; a random fault, too, pays for all of it at first (docs/pmem.md)
+  // The largest READ. A window comes in pieces of this size, served side by side, and a fault waits for its own only.
+  uint32_t max_read = 128 * 1024;
   uint64_t dirty_max_bytes = 0;  // bound of dirty page cache of the mount; 0 = the kernel's global limits
 };
 
@@ -109,6 +113,7 @@ class PmemMount {
   Status save_file(const PmemFile& file, int fd);
 
   const PmemMountOptions options_;
+  ReadAhead ahead_;
   fuse::FuseChannel channel_;
   mutable std::mutex names_mutex_;
   std::map<std::string, Name> names_;
