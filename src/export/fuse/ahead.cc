@@ -70,7 +70,7 @@ void ReadAhead::begin_piece(const std::shared_ptr<PmemFile>& file, uint64_t offs
   pieces_.push_back(piece);
   in_flight_.push_back(piece);
   there_.store(pieces_.size(), std::memory_order_relaxed);
-  reactor_->post([this, piece] { reactor_->spawn(read(piece)); });
+  reactor_->post([this, piece = std::move(piece)]() mutable { reactor_->spawn(read(std::move(piece))); });
 }
 
 Task<void> ReadAhead::read(std::shared_ptr<Piece> piece) {
@@ -79,17 +79,19 @@ Task<void> ReadAhead::read(std::shared_ptr<Piece> piece) {
     std::lock_guard lock(mutex_);
     piece->ready = s && !piece->stale;
     if (!piece->ready) erase_pieces([&](const Piece& p) { return &p == piece.get(); });
-    std::erase(in_flight_, piece);
-    ended_.notify_all();
   }
   piece->done.set();
+  std::lock_guard lock(mutex_);
+  std::erase(in_flight_, piece);
+  piece.reset();  // so that the file is not held here when forget() returns
+  ended_.notify_all();
 }
 
 void ReadAhead::note(const std::shared_ptr<PmemFile>& file, uint64_t offset, uint64_t length) {
   if (length < kStreamMin) return;
   const uint64_t end = offset + length;
   std::lock_guard lock(mutex_);
-  if (!running_) return;
+  if (!running_ || file->given_up()) return;  // given up before forget(): nothing begins after it
   // Near is good enough: several workers note the parts of one window of the kernel in any order.
   auto near = [&](const Stream& s) { return s.file == file && offset <= s.next + kMiB && end + kMiB >= s.next; };
   auto s = std::find_if(streams_.begin(), streams_.end(), near);

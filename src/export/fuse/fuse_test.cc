@@ -404,6 +404,26 @@ TEST_F(FusePmem, Unaligned_read_and_write_calls_work) {
   EXPECT_EQ(v->at(4100), 'x');
 }
 
+TEST_F(FusePmem, Scan_is_answered_ahead_and_a_write_in_front_of_it_is_seen) {
+  auto v = std::make_shared<TestVolume>();
+  for (uint64_t at = 0; at < kSize; ++at) v->bytes[at] = static_cast<char>('a' + at / kPageSize % 17);
+  const std::vector<char> was = v->bytes;
+  auto f = add("vm1", v);
+  std::vector<char> part(128 * kKiB);
+  auto wrong = [&](uint64_t at) {
+    EXPECT_EQ(::pread(f->fd(), part.data(), part.size(), static_cast<off_t>(at)), static_cast<ssize_t>(part.size()));
+    return !std::equal(part.begin(), part.end(), was.begin() + static_cast<long>(at));
+  };
+  for (uint64_t at = 0; at < 8 * kMiB; at += part.size()) EXPECT_FALSE(wrong(at)) << at;
+  EXPECT_GT(f->counters().ahead_bytes, 4 * kMiB);
+  constexpr uint64_t kInFront = 9 * kMiB;  // read ahead, not asked for yet
+  ASSERT_EQ(::pwrite(f->fd(), std::string(kPageSize, 'N').data(), kPageSize, kInFront), static_cast<ssize_t>(kPageSize));
+  ASSERT_TRUE(f->evict(kInFront, kPageSize));
+  EXPECT_TRUE(wrong(kInFront));
+  EXPECT_EQ(part[0], 'N');
+  for (uint64_t at = 8 * kMiB; at < kSize; at += part.size()) EXPECT_EQ(wrong(at), at == kInFront) << at;
+}
+
 TEST_F(FusePmem, Directory_lists_files_and_nothing_can_be_made_or_resized) {
   auto f = add("vm1", std::make_shared<TestVolume>());
   std::vector<std::string> names;
