@@ -6,18 +6,29 @@
 
 namespace spillway {
 
+std::byte* ReadAhead::Slots::take() {
+  std::lock_guard lock(mutex);
+  if (free.empty()) return nullptr;
+  std::byte* p = free.back();
+  free.pop_back();
+  return p;
+}
+
+void ReadAhead::Slots::give(std::byte* p) {
+  std::lock_guard lock(mutex);
+  free.push_back(p);
+}
+
 struct ReadAhead::Piece {
-  Piece(std::atomic<size_t>& count, std::shared_ptr<PmemFile> f, uint64_t at, uint64_t n)
-      : alive(count), file(std::move(f)), offset(at), length(n), buffer(kPiece) {
-    alive.fetch_add(1, std::memory_order_relaxed);
-  }
-  ~Piece() { alive.fetch_sub(1, std::memory_order_relaxed); }
+  Piece(Slots& s, std::byte* b, std::shared_ptr<PmemFile> f, uint64_t at, uint64_t n)
+      : slots(s), bytes(b), file(std::move(f)), offset(at), length(n) {}
+  ~Piece() { slots.give(bytes); }
   uint64_t end() const { return offset + length; }
 
-  std::atomic<size_t>& alive;
+  Slots& slots;
+  std::byte* const bytes;
   const std::shared_ptr<PmemFile> file;
   const uint64_t offset, length;
-  const AlignedBuffer buffer;
   AsyncEvent done;
   // Under ReadAhead::mutex_:
   uint64_t answered = 0;
@@ -26,6 +37,9 @@ struct ReadAhead::Piece {
 
 Status ReadAhead::start() {
   SPILLWAY_TRY(reactor_, UringReactor::create(64));
+  slots_.memory = AlignedBuffer(kPieces * kPiece);
+  if (!slots_.memory) return fail(ErrorKind::kNoMemory, "pmem read-ahead");
+  for (size_t i = kPieces; i-- > 0;) slots_.free.push_back(slots_.memory.data() + i * kPiece);
   running_ = true;
   thread_ = std::thread([this] { reactor_->run(); });
   pthread_setname_np(thread_.native_handle(), "fuse-ahead");
@@ -60,13 +74,15 @@ std::shared_ptr<ReadAhead::Piece> ReadAhead::piece_at(const PmemFile& file, uint
 
 // Does nothing when all memory is in use: the kernel's request will read for itself.
 void ReadAhead::begin_piece(const std::shared_ptr<PmemFile>& file, uint64_t offset) {
-  if (alive_.load(std::memory_order_relaxed) >= kPieces) {
+  std::byte* bytes = slots_.take();
+  if (bytes == nullptr) {
     auto old = std::find_if(pieces_.begin(), pieces_.end(), [](auto& p) { return p->ready && p.use_count() == 1; });
     if (old == pieces_.end()) return;
     pieces_.erase(old);
+    bytes = slots_.take();
+    if (bytes == nullptr) return;
   }
-  auto piece = std::make_shared<Piece>(alive_, file, offset, std::min(kPiece, file->size() - offset));
-  if (!piece->buffer) return;
+  auto piece = std::make_shared<Piece>(slots_, bytes, file, offset, std::min(kPiece, file->size() - offset));
   pieces_.push_back(piece);
   in_flight_.push_back(piece);
   there_.store(pieces_.size(), std::memory_order_relaxed);
@@ -74,7 +90,7 @@ void ReadAhead::begin_piece(const std::shared_ptr<PmemFile>& file, uint64_t offs
 }
 
 Task<void> ReadAhead::read(std::shared_ptr<Piece> piece) {
-  const Status s = co_await piece->file->read_ahead(piece->offset, {piece->buffer.data(), piece->length});
+  const Status s = co_await piece->file->read_ahead(piece->offset, {piece->bytes, piece->length});
   {
     std::lock_guard lock(mutex_);
     piece->ready = s && !piece->stale;
@@ -129,7 +145,7 @@ Task<ReadAhead::Found> ReadAhead::find(const PmemFile& file, uint64_t offset, ui
   for (auto& p : pieces) {
     if (!p) continue;
     const uint64_t from = std::max(offset, p->offset), to = std::min(end, p->end());
-    found.iov[found.count] = {p->buffer.data() + (from - p->offset), static_cast<size_t>(to - from)};
+    found.iov[found.count] = {p->bytes + (from - p->offset), static_cast<size_t>(to - from)};
     found.pieces[found.count++] = p;
     p->answered += to - from;
   }

@@ -11,7 +11,8 @@
 //          before the end may have read the old bytes; one that begins after it reads the new ones. In between nobody asks:
 //          the kernel keeps pages under writeback in its cache.
 //
-// Bounded: kPieces of kPiece a mount (8 MiB); when all are taken the oldest that nobody reads goes.
+// Bounded: kPieces of kPiece a mount, in one piece of memory (8 MiB) that is touched as streams need it; when all are taken the
+// oldest that nobody reads goes.
 //
 // Thread-safety: internally synchronised; `mutex_` is never held over I/O or a suspension. find() runs on a worker's
 // reactor, which must outlive stop() (the thread here posts to it); forget() and stop() block.
@@ -66,6 +67,14 @@ class ReadAhead {
   void forget(const PmemFile& file);
 
  private:
+  // The memory, and which parts of it are free. A lock of its own: a piece may end under mutex_, or not.
+  struct Slots {
+    AlignedBuffer memory;
+    std::mutex mutex;
+    std::vector<std::byte*> free;
+    std::byte* take();  // null: none
+    void give(std::byte* p);
+  };
   struct Stream {
     std::shared_ptr<PmemFile> file;
     uint64_t next = 0, run = 0, ahead = 0;  // end of the last request; bytes so far; end of what has been asked for
@@ -77,6 +86,7 @@ class ReadAhead {
   template <class Goes>
   void erase_pieces(Goes goes);
 
+  Slots slots_;  // first: pieces end before it
   std::mutex mutex_;
   std::condition_variable ended_;
   std::array<Stream, 8> streams_;
@@ -84,8 +94,7 @@ class ReadAhead {
   std::vector<std::shared_ptr<Piece>> in_flight_;
   uint64_t clock_ = 0;
   bool running_ = false;
-  // relaxed: alive_ is a bound; there_ is pieces_.size(), and who misses a piece reads the volume.
-  std::atomic<size_t> alive_{0}, there_{0};
+  std::atomic<size_t> there_{0};  // pieces_.size(); relaxed: who misses a piece reads the volume
   std::unique_ptr<UringReactor> reactor_;
   std::thread thread_;
 };

@@ -156,7 +156,8 @@ void PmemMount::add_worker() {
   w->reactor = std::move(*reactor);
   // Best effort: the daemon as a whole is locked by the host; a page fault here must not wait for our own writeback.
   ::mlock(w->in.data(), w->in.size());
-  ::mlock(w->scratch.data(), w->scratch.size());
+  // Of the scratch memory what READs of this mount's size need (one that was adopted may have larger ones).
+  ::mlock(w->scratch.data(), std::min<size_t>(kScratch, options_.max_read + 2 * kPageSize));
   Worker* raw = w.get();
   workers_.push_back(std::move(w));
   ++count_;
