@@ -164,8 +164,12 @@ class Report {
     return ok;
   }
 
-  // The exit code.
+  // The exit code. Nothing measured (an --only that names no case) is an error, not a pass.
   int finish() {
+    if (runs_.empty() && gates_.empty()) {
+      std::fprintf(stderr, "bench_%s: no case fits these options\n", name_.c_str());
+      return 2;
+    }
     const Json all = {{"bench", name_}, {"machine", machine()}, {"runs", runs_}, {"gates", gates_}};
     if (!json_.empty()) {
       std::ofstream out(json_);
