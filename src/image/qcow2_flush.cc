@@ -319,6 +319,17 @@ Status Qcow2Image::may_resize(uint64_t new_size) const {
   return {};
 }
 
+// After everything that the new size relies on is stable; stable itself when it returns.
+Task<Status> Qcow2Image::write_size(uint64_t new_size) {
+  SPILLWAY_CO_CHECK(co_await flush_cycle(IoContext{}));
+  std::byte b[8];
+  store64(b, new_size);
+  SPILLWAY_CO_CHECK(co_await write_field(kFieldSize, b, 8));
+  SPILLWAY_CO_CHECK(co_await file_.volume().flush(IoContext{}));
+  header_.size = new_size;
+  co_return Status{};
+}
+
 // Grows. What the backing file has beyond the old end must not appear: it is hidden by zeros before the size is
 // published.
 Task<Status> Qcow2Image::do_resize(uint64_t new_size) {
@@ -349,12 +360,7 @@ Task<Status> Qcow2Image::do_resize(uint64_t new_size) {
     if (s && hide > edge) s = co_await do_write_zeroes(IoContext{}, edge, hide - edge, true);
     if (!s) co_return s;
   }
-  SPILLWAY_CO_CHECK(co_await flush_cycle(IoContext{}));
-  std::byte b[8];
-  store64(b, new_size);
-  SPILLWAY_CO_CHECK(co_await write_field(kFieldSize, b, 8));
-  SPILLWAY_CO_CHECK(co_await file_.volume().flush(IoContext{}));
-  header_.size = new_size;
+  SPILLWAY_CO_CHECK(co_await write_size(new_size));
   set_size(new_size);
   co_return Status{};
 }
@@ -371,13 +377,7 @@ Task<Status> Qcow2Image::shrink(uint64_t new_size) {
   else if (!header_.external_data() && first < end)
     SPILLWAY_CO_CHECK(co_await change_clusters(IoContext{}, first >> cluster_bits_, (end - first) >> cluster_bits_,
                                                Change::kForget));
-  SPILLWAY_CO_CHECK(co_await flush_cycle(IoContext{}));
-  std::byte b[8];
-  store64(b, new_size);
-  SPILLWAY_CO_CHECK(co_await write_field(kFieldSize, b, 8));
-  SPILLWAY_CO_CHECK(co_await file_.volume().flush(IoContext{}));
-  header_.size = new_size;
-  co_return Status{};
+  co_return co_await write_size(new_size);
 }
 
 Task<Status> Qcow2Image::close() {

@@ -217,6 +217,7 @@ class Qcow2Image final : public Volume {
   Task<Status> write_field(uint64_t at, const void* value, uint64_t length);
   Task<Status> update_incompatible(uint64_t set, uint64_t clear);
   Status may_resize(uint64_t new_size) const;
+  Task<Status> write_size(uint64_t new_size);
   Task<Status> grow_l1(uint64_t entries);
   Task<Status> corruption(std::string what);
   bool tables_dirty() const;

@@ -405,6 +405,18 @@ class Order final : public Volume {
   std::string* log_;
 };
 
+// One request of group 1: a flush, or a write of 4 KiB at 0.
+Task<void> flush_or_write(Volume* v, bool flush) {
+  char data[4096] = {};
+  iovec iov{data, sizeof data};
+  IoContext ctx;
+  ctx.group = group(1);
+  Status s;
+  if (flush) s = co_await v->flush(ctx);
+  else s = co_await v->write(ctx, 0, Iov(&iov, 1));
+  SPILLWAY_ASSERT(s.has_value());
+}
+
 TEST(Qos, Flush_waitsForItsTurn_behindWhatItsGroupQueuedBefore) {
   auto domain = std::make_shared<QosDomain>();
   ASSERT_TRUE(domain->set(group(1), {.name = "a"}));
@@ -412,19 +424,9 @@ TEST(Qos, Flush_waitsForItsTurn_behindWhatItsGroupQueuedBefore) {
   auto sim = make_sim("d0", {.size = kGiB, .model = "ssd"}).value();
   auto qos = make_qos(std::make_shared<Order>(sim, &log), fixed(1), domain).value();
   Cluster c(1, 0);
-  auto once = [](Volume* v, bool flush) -> Task<void> {
-    char data[4096] = {};
-    iovec iov{data, sizeof data};
-    IoContext ctx;
-    ctx.group = group(1);
-    Status s;
-    if (flush) s = co_await v->flush(ctx);
-    else s = co_await v->write(ctx, 0, Iov(&iov, 1));
-    SPILLWAY_ASSERT(s.has_value());
-  };
-  for (int i = 0; i < 5; ++i) c.at(0).spawn(once(qos.get(), false));
-  c.at(0).spawn(once(qos.get(), true));
-  for (int i = 0; i < 3; ++i) c.at(0).spawn(once(qos.get(), false));
+  for (int i = 0; i < 5; ++i) c.at(0).spawn(flush_or_write(qos.get(), false));
+  c.at(0).spawn(flush_or_write(qos.get(), true));
+  for (int i = 0; i < 3; ++i) c.at(0).spawn(flush_or_write(qos.get(), false));
   c.drain();
   EXPECT_EQ(log, "wwwwwFwww");
 }
@@ -593,18 +595,8 @@ TEST(Qos, RequestsOfOneRound_keepTheirOrder) {
   auto sim = make_sim("d0", {.size = kGiB, .model = "ssd"}).value();
   auto qos = make_qos(std::make_shared<Order>(sim, &log), fixed(1), domain).value();
   Cluster c(1, 0);
-  auto write = [](Volume* v, bool flush) -> Task<void> {
-    char data[4096] = {};
-    iovec iov{data, sizeof data};
-    IoContext ctx;
-    ctx.group = group(1);
-    Status s;
-    if (flush) s = co_await v->flush(ctx);
-    else s = co_await v->write(ctx, 0, Iov(&iov, 1));
-    SPILLWAY_ASSERT(s.has_value());
-  };
   auto first = [&](Volume* v) -> Task<void> {
-    co_await write(v, false);
+    co_await flush_or_write(v, false);
     // The slot is free, its hand-over not done yet: these are all queued before it.
     std::vector<Task<Status>> all;
     char data[4096] = {};
@@ -616,7 +608,7 @@ TEST(Qos, RequestsOfOneRound_keepTheirOrder) {
     SPILLWAY_ASSERT((co_await all_of(std::move(all))).has_value());
   };
   c.at(0).spawn(first(qos.get()));
-  c.at(0).spawn(write(qos.get(), false));
+  c.at(0).spawn(flush_or_write(qos.get(), false));
   c.drain();
   EXPECT_EQ(log, "wwwwFw");
 }
