@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""virtio-pmem under hard memory limits (issue 7): daemon and VMM in memory cgroups of their own, both at their limit.
+"""virtio-pmem under hard memory limits (issue 7): daemon and VMM in memory cgroups of their own, the VMM at its limit.
 
 No guest: pmem_guest.c maps the file as a VMM does. Needs root and a mounted memory controller (cgroup v1 or v2)."""
 import os
@@ -95,7 +95,7 @@ class PmemInCgroups(harness.VmTest):
         self.assertEqual(p.returncode, 0, f"{out}\n{self.daemon.tail()}")
         return out.strip()
 
-    def test_both_at_their_hard_limits_and_a_kill_neither_hang_nor_lose(self):
+    def test_vmm_at_its_hard_limit_and_a_kill_neither_hang_nor_lose(self):
         file = self.folder / "vm1.pmem"
         self.vmm.limit(VMM_LIMIT)
         room = self.ours.usage() + DAEMON_ROOM
